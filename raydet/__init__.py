@@ -1,0 +1,23 @@
+"""raydet: train, tune and run object detectors on Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "load", "train"]
+
+if TYPE_CHECKING:
+    from raydet.predict import load
+    from raydet.training.launch import evaluate, train
+
+_HOMES = {"train": "raydet.training.launch", "evaluate": "raydet.training.launch", "load": "raydet.predict"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, and the data tasks and `raydet --help` do without it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raydet' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,77 @@
+"""Boxes: the only place that converts their formats and measures their overlap.
+
+Formats: `xyxy` = left, top, right, bottom; `cxcywh` = centre, width, height; `xywh` = left, top, width, height
+(COCO's). Units are pixels; nothing is clipped unless a function says so. Conversions take tensors or numpy arrays.
+torch is not imported here: every Ray Data task loads this module, and torch would cost each of them seconds and 300 MB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Boxes = TypeVar("Boxes", "Tensor", npt.NDArray[Any])
+
+EPS = 1e-16
+
+
+def cxcywh_to_xyxy(boxes: Boxes) -> Boxes:
+    """Convert [..., 4] centre and size to corners."""
+    half = boxes[..., 2:] / 2
+    return _join(boxes[..., :2] - half, boxes[..., :2] + half)
+
+
+def xyxy_to_cxcywh(boxes: Boxes) -> Boxes:
+    """Convert [..., 4] corners to centre and size."""
+    return _join((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2])
+
+
+def xyxy_to_xywh(boxes: Boxes) -> Boxes:
+    """Convert [..., 4] corners to COCO's left, top, width, height."""
+    return _join(boxes[..., :2], boxes[..., 2:] - boxes[..., :2])
+
+
+def xywh_to_xyxy(boxes: Boxes) -> Boxes:
+    """Convert [..., 4] COCO's left, top, width, height to corners."""
+    return _join(boxes[..., :2], boxes[..., :2] + boxes[..., 2:])
+
+
+def clip(boxes: npt.NDArray[Any], width: float, height: float) -> npt.NDArray[Any]:
+    """Clip [..., 4] xyxy to an image of the given size in pixels."""
+    return np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of matched boxes [..., 4] xyxy (shapes broadcast) → [...] in [0, 1]."""
+    intersection, union = _intersection_and_union(a, b)
+    return intersection / (union + EPS)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalized IoU of matched boxes [..., 4] xyxy → [...] in (-1, 1] (Rezatofighi et al., 2019)."""
+    intersection, union = _intersection_and_union(a, b)
+    hull = _area(a[..., :2].minimum(b[..., :2]), a[..., 2:].maximum(b[..., 2:]))
+    return intersection / (union + EPS) - (hull - union) / hull.clamp(min=EPS)
+
+
+def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    intersection = _area(a[..., :2].maximum(b[..., :2]), a[..., 2:].minimum(b[..., 2:]))
+    return intersection, _area(a[..., :2], a[..., 2:]) + _area(b[..., :2], b[..., 2:]) - intersection
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    size = (high - low).clamp(min=0)
+    return size[..., 0] * size[..., 1]
+
+
+def _join(first: Boxes, second: Boxes) -> Boxes:
+    if isinstance(first, np.ndarray):
+        return np.concatenate((first, second), axis=-1)
+    import torch
+
+    return torch.cat((first, second), dim=-1)

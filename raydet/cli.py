@@ -1,0 +1,205 @@
+"""The command `raydet`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raydet import __version__
+from raydet.errors import RaydetError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+app = typer.Typer(
+    help="Train and run object detectors on Ray. Start with: raydet recipes",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.epochs=50 data.root=/data/coco"),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="recipe of the data and, for a weights file, of the model")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="in this process, without Ray: breakpoints work")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="such as cuda:1 or cpu [default: the first GPU, or else the CPU]")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="show what Ray and its workers print")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a name that `raydet recipes` lists, or the path of a YAML file")],
+    overrides: Overrides = None,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", help="one process, no Ray, first 64 images, 2 epochs of small batches: breakpoints work anywhere"
+        ),
+    ] = False,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train a detector, or go on with a training that was interrupted.
+
+    A run is a folder, {storage}/{name}: the same command again resumes it from its last checkpoint.
+
+    Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
+    """
+    from raydet.training.launch import train as run
+
+    if device is not None and not debug:
+        raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
+    result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say)
+    if result.finished_before:
+        _say(f"{result.folder} is finished; another name=… starts another run")
+    else:
+        _pictures(result.folder)
+    _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
+    _say(f"run folder: {result.folder}")
+    _say(f"best checkpoint: {result.checkpoint}")
+    _say(f"next: raydet predict {result.folder} IMAGE_OR_FOLDER")
+    _say(f"      raydet evaluate {result.folder}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    debug: Debug = False,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a checkpoint or a weights file with COCO's metrics on validation data.
+
+    Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco
+    """
+    from raydet.training.launch import evaluate as run
+
+    metrics = run(
+        checkpoint, recipe=recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say
+    )
+    _table(metrics)
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    source: Annotated[Path, typer.Argument(help="image, or folder of images")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the pictures and detections.json")] = Path("predictions"),
+    score: Annotated[float, typer.Option("--score", help="lowest score of a detection", min=0, max=1)] = 0.25,
+    device: Device = None,
+) -> None:
+    """Detect in images: pictures with boxes, and a COCO results JSON.
+
+    An image whose name is a number has it as image_id; others are numbered in order, and file_name says which is which.
+
+    Example: raydet predict runs/demo photos/ --score 0.4
+    """
+    import json
+
+    import cv2
+    from rich.progress import track
+
+    from raydet.predict import image_files, load, predict_files
+
+    files = image_files(source)
+    predictor = load(checkpoint, device)
+    out.mkdir(parents=True, exist_ok=True)
+    root = source if source.is_dir() else source.parent
+    numbered = all(path.stem.isdecimal() for path in files)
+    results = []
+    found = predict_files(predictor, files, score)
+    for number, (path, image, detections) in enumerate(track(found, "detecting", total=len(files)), start=1):
+        image_id = int(path.stem) if numbered else number
+        name = path.relative_to(root)
+        picture = out / name
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(picture), predictor.draw(image, detections))
+        results += [{**entry, "file_name": str(name)} for entry in predictor.to_coco(detections, image_id)]
+    partial = out / "detections.json.partial"
+    partial.write_text(json.dumps(results))
+    partial.replace(out / "detections.json")
+    _say(f"{len(results)} detections in {len(files)} images; pictures and detections.json in {out}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this one, resolved, with the meaning of each key")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List the recipes, or print one.
+
+    Example: raydet recipes coco2017_yolox_s > mine.yaml
+    """
+    from raydet.recipe import describe, load, shipped
+
+    if name is not None:
+        typer.echo(describe(load(name, overrides or ())), nl=False)
+        return
+    for recipe, path in shipped().items():
+        headline = path.read_text().splitlines()[0].removeprefix("#").strip()
+        typer.echo(f"{recipe:<18} {headline}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except RaydetError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command again goes on from the last checkpoint", err=True)
+        sys.exit(130)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+    sys.stdout.flush()
+
+
+def _pictures(folder: Path) -> None:
+    from raydet.training.pictures import draw_validation
+
+    _say(f"detections on validation images, beside the truth: {draw_validation(folder)}")
+
+
+def _table(metrics: Mapping[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value")
+    classes: Sequence[str] = [name for name in metrics if name.startswith("AP@")]
+    for name in metrics:
+        if name not in classes:
+            table.add_row(name, f"{metrics[name]:.4f}")
+    if 0 < len(classes) <= 20:
+        table.add_section()
+        for name in classes:
+            table.add_row(name, f"{metrics[name]:.4f}")
+    Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"raydet {__version__}")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

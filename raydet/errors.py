@@ -1,0 +1,30 @@
+"""Errors that are the user's to mend: the command line prints them as one line and exits with 2."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RaydetError(Exception):
+    """A setting, file or call that cannot work; the message names it and says what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return '; did you mean …?' with the known word nearest to `word`, or '' when none is near."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def user_error(error: BaseException | None) -> RaydetError | None:
+    """Find the RaydetError that an exception carries, however deep: Ray wraps what its tasks and workers raise."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RaydetError):
+            return current
+        inner = getattr(current, "worker_failures", {})
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None), *inner.values()]
+    return None

@@ -1,0 +1,13 @@
+"""What a loss shares with the other ranks of a distributed run."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
+    """Return the sum of a detached tensor over all ranks, and their number; (itself, 1) where nothing is distributed."""
+    values = values.detach().clone()
+    if not (dist.is_available() and dist.is_initialized()):
+        return values, 1
+    dist.all_reduce(values)
+    return values, dist.get_world_size()

@@ -1,0 +1,208 @@
+"""YOLOX (Ge et al., 2021): CSP-Darknet, PAN and a decoupled, anchor-free head, in six sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydet.losses.yolox import YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.models.blocks import SPP, Conv, CSPLayer, DepthwiseConv
+from raydet.models.family import Detector, Family, Preprocessing
+from raydet.postprocess import YoloXPostPredictionCallback
+
+STRIDES = (8, 16, 32)
+
+
+class CSPDarknet(nn.Module):
+    """YOLOX's backbone.
+
+    The stem is a 6x6 convolution of stride 2. It is the same function as the Focus slicing with a 3x3 convolution of the
+    paper: each of its four slices is every second pixel of every second row.
+    """
+
+    def __init__(self, depth: float, width: float, depthwise: bool):
+        super().__init__()
+        spatial = DepthwiseConv if depthwise else Conv
+        base, blocks = int(64 * width), max(round(3 * depth), 1)
+        self.stem = Conv(3, base, 6, 2, padding=2)
+        self.dark2 = nn.Sequential(
+            spatial(base, 2 * base, 3, 2), CSPLayer(2 * base, 2 * base, blocks, shortcut=True, spatial=spatial)
+        )
+        self.dark3 = nn.Sequential(
+            spatial(2 * base, 4 * base, 3, 2), CSPLayer(4 * base, 4 * base, 3 * blocks, shortcut=True, spatial=spatial)
+        )
+        self.dark4 = nn.Sequential(
+            spatial(4 * base, 8 * base, 3, 2), CSPLayer(8 * base, 8 * base, 3 * blocks, shortcut=True, spatial=spatial)
+        )
+        self.dark5 = nn.Sequential(
+            spatial(8 * base, 16 * base, 3, 2),
+            SPP(16 * base, 16 * base),
+            CSPLayer(16 * base, 16 * base, blocks, shortcut=False, spatial=spatial),
+        )
+        self.out_channels = (4 * base, 8 * base, 16 * base)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H, W] → maps at strides 8, 16 and 32."""
+        c3 = self.dark3(self.dark2(self.stem(images)))
+        c4 = self.dark4(c3)
+        return c3, c4, self.dark5(c4)
+
+
+class YoloXPAN(nn.Module):
+    """Path aggregation: features go from coarse to fine, then back (Liu et al., PANet, 2018)."""
+
+    def __init__(self, in_channels: tuple[int, int, int], depth: float, depthwise: bool):
+        super().__init__()
+        spatial = DepthwiseConv if depthwise else Conv
+        p3, p4, p5 = in_channels
+        blocks = max(round(3 * depth), 1)
+
+        def csp(in_channels: int, out_channels: int) -> CSPLayer:
+            return CSPLayer(in_channels, out_channels, blocks, shortcut=False, spatial=spatial)
+
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.lateral_conv0 = Conv(p5, p4, 1)
+        self.C3_p4 = csp(2 * p4, p4)
+        self.reduce_conv1 = Conv(p4, p3, 1)
+        self.C3_p3 = csp(2 * p3, p3)
+        self.bu_conv2 = spatial(p3, p3, 3, 2)
+        self.C3_n3 = csp(2 * p3, p4)
+        self.bu_conv1 = spatial(p4, p4, 3, 2)
+        self.C3_n4 = csp(2 * p4, p5)
+        self.out_channels = in_channels
+
+    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps at strides 8, 16 and 32 → the same shapes."""
+        c3, c4, c5 = features
+        top5 = self.lateral_conv0(c5)
+        top4 = self.reduce_conv1(self.C3_p4(torch.cat((self.upsample(top5), c4), dim=1)))
+        p3 = self.C3_p3(torch.cat((self.upsample(top4), c3), dim=1))
+        p4 = self.C3_n3(torch.cat((self.bu_conv2(p3), top4), dim=1))
+        p5 = self.C3_n4(torch.cat((self.bu_conv1(p4), top5), dim=1))
+        return p3, p4, p5
+
+
+class YoloXHead(nn.Module):
+    """Separate branches for class and box on each level; one prediction an anchor point.
+
+    Training: list of raw maps [B, 1, H / s, W / s, 5 + C], last axis = box (4), objectness, classes, all before any
+    activation. Evaluation: (decoded [B, L, 5 + C] = cx, cy, w, h in pixels, objectness and class probabilities, the raw
+    maps).
+    """
+
+    def __init__(self, in_channels: tuple[int, int, int], width: float, num_classes: int, depthwise: bool):
+        super().__init__()
+        spatial = DepthwiseConv if depthwise else Conv
+        hidden = int(256 * width)
+
+        def branch() -> nn.Sequential:
+            return nn.Sequential(spatial(hidden, hidden, 3), spatial(hidden, hidden, 3))
+
+        self.num_classes = num_classes
+        self.stems = nn.ModuleList(Conv(channels, hidden, 1) for channels in in_channels)
+        self.cls_convs = nn.ModuleList(branch() for _ in in_channels)
+        self.reg_convs = nn.ModuleList(branch() for _ in in_channels)
+        self.cls_preds = nn.ModuleList(nn.Conv2d(hidden, num_classes, 1) for _ in in_channels)
+        self.reg_preds = nn.ModuleList(nn.Conv2d(hidden, 4, 1) for _ in in_channels)
+        self.obj_preds = nn.ModuleList(nn.Conv2d(hidden, 1, 1) for _ in in_channels)
+        for prediction in (*self.cls_preds, *self.obj_preds):
+            # Start from a probability of 0.01: nearly all anchor points are background (Lin et al., 2017).
+            nn.init.constant_(prediction.bias, -math.log((1 - 0.01) / 0.01))  # type: ignore[arg-type]
+
+    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Any:
+        """Maps at strides 8, 16 and 32 → see the class."""
+        maps = []
+        for level, feature in enumerate(features):
+            x = self.stems[level](feature)
+            cls, reg = self.cls_convs[level](x), self.reg_convs[level](x)
+            raw = (self.reg_preds[level](reg), self.obj_preds[level](reg), self.cls_preds[level](cls))
+            maps.append(torch.cat(raw, dim=1).permute(0, 2, 3, 1).unsqueeze(1))
+        return maps if self.training else (decode(maps), maps)
+
+
+def decode(maps: list[Tensor]) -> Tensor:
+    """Raw maps → [B, L, 5 + C]: cx, cy, w, h in pixels, objectness and class probabilities, in float32."""
+    levels = []
+    for raw, stride in zip(maps, STRIDES, strict=True):
+        batch, _, height, width, channels = raw.shape
+        y, x = torch.meshgrid(
+            torch.arange(height, device=raw.device), torch.arange(width, device=raw.device), indexing="ij"
+        )
+        grid = torch.stack((x, y), dim=-1).float()
+        raw = raw.float()
+        centre = (raw[..., :2] + grid) * stride
+        size = raw[..., 2:4].exp() * stride
+        levels.append(torch.cat((centre, size, raw[..., 4:].sigmoid()), dim=-1).reshape(batch, -1, channels))
+    return torch.cat(levels, dim=1)
+
+
+class YoloX(Detector):
+    """YOLOX; the subclasses set depth and width. Input: BGR, 0 … 255."""
+
+    depth: float
+    width: float
+    depthwise = False
+
+    def __init__(self, num_classes: int = 80):
+        backbone = CSPDarknet(self.depth, self.width, self.depthwise)
+        neck = YoloXPAN(backbone.out_channels, self.depth, self.depthwise)
+        head = YoloXHead(neck.out_channels, self.width, num_classes, self.depthwise)
+        super().__init__(backbone, neck, head, num_classes)
+
+    def get_post_prediction_callback(self, **settings: Any) -> YoloXPostPredictionCallback:
+        """Return what turns this model's evaluation output into detections; the settings are the callback's."""
+        return YoloXPostPredictionCallback(**settings)
+
+
+class YoloX_N(YoloX):
+    """YOLOX-nano: 0.91 M parameters, depthwise convolutions."""
+
+    depth, width, depthwise = 0.33, 0.25, True
+
+
+class YoloX_T(YoloX):
+    """YOLOX-tiny: 5.06 M parameters."""
+
+    depth, width = 0.33, 0.375
+
+
+class YoloX_S(YoloX):
+    """YOLOX-s: 8.97 M parameters."""
+
+    depth, width = 0.33, 0.5
+
+
+class YoloX_M(YoloX):
+    """YOLOX-m: 25.3 M parameters."""
+
+    depth, width = 0.67, 0.75
+
+
+class YoloX_L(YoloX):
+    """YOLOX-l: 54.2 M parameters."""
+
+    depth, width = 1.0, 1.0
+
+
+class YoloX_X(YoloX):
+    """YOLOX-x: 99.1 M parameters."""
+
+    depth, width = 1.33, 1.25
+
+
+FAMILY = Family(
+    name="YOLOX",
+    models={
+        "yolox_n": YoloX_N,
+        "yolox_t": YoloX_T,
+        "yolox_s": YoloX_S,
+        "yolox_m": YoloX_M,
+        "yolox_l": YoloX_L,
+        "yolox_x": YoloX_X,
+    },
+    losses=(YoloXFastDetectionLoss, YoloXDetectionLoss),
+    preprocessing=Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+)

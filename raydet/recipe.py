@@ -1,0 +1,280 @@
+"""The recipe: every setting of a training, its default, unit and meaning, in one typed tree.
+
+A recipe is YAML, by a shipped name or a path, and `section.key=value` overrides on top; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from raydet.errors import RaydetError, did_you_mean
+
+
+def _image_size(value: Any) -> Any:
+    sides = [value, value] if isinstance(value, int) else value
+    if isinstance(sides, list | tuple) and any(isinstance(side, int) and (side <= 0 or side % 32) for side in sides):
+        raise ValueError("each side must be a positive multiple of 32")
+    return sides
+
+
+class Section(BaseModel):
+    """A section of the recipe: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The detector."""
+
+    name: str = Field("yolox_s", description="yolox_n, yolox_t, yolox_s, yolox_m, yolox_l or yolox_x")
+    num_classes: int | None = Field(None, ge=1, description="classes; null: as many as the data has")
+    weights: str | None = Field(
+        None,
+        description="checkpoint to start from: a raydet checkpoint folder, or a file under Megvii's names; null: from scratch",
+    )
+
+
+class Data(Section):
+    """The images and their annotations."""
+
+    format: Literal["coco"] = Field("coco", description="of the annotations: coco (instances_*.json)")
+    root: str = Field("data/coco", description="folder that the other paths of this section start from")
+    train_annotations: str = Field("annotations/instances_train2017.json", description="annotation file to train on")
+    train_images: str = Field("train2017", description="folder of its images")
+    val_annotations: str = Field("annotations/instances_val2017.json", description="annotation file to validate on")
+    val_images: str = Field("val2017", description="folder of its images")
+    image_size: Annotated[tuple[int, int], BeforeValidator(_image_size)] = Field(
+        (640, 640), description="pixels, one number or [height, width], multiples of 32; images are scaled to fit and padded"
+    )
+    chunk_size: int = Field(
+        64, ge=1, description="samples that a Ray Data task makes; a worker's batch should divide it"
+    )
+
+
+class Augment(Section):
+    """Random changes to training images."""
+
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left and right")
+    hsv: float = Field(1.0, ge=0, le=1, description="probability of shifting hue, saturation and value")
+    hue: int = Field(5, ge=0, le=90, description="largest shift of hue, in units of 2 degrees")
+    saturation: int = Field(30, ge=0, le=255, description="largest shift of saturation, of 255")
+    value: int = Field(30, ge=0, le=255, description="largest shift of value, of 255")
+
+
+class Loss(Section):
+    """The loss, and the arguments of its class."""
+
+    name: Literal["YoloXFastDetectionLoss", "YoloXDetectionLoss"] = Field(
+        "YoloXFastDetectionLoss", description="YoloXFastDetectionLoss, or YoloXDetectionLoss as in the YOLOX paper"
+    )
+    iou_weight: float = Field(5.0, ge=0, description="weight of the box term")
+    obj_weight: float = Field(1.0, ge=0, description="weight of the objectness term")
+    cls_weight: float = Field(1.0, ge=0, description="weight of the class term")
+    use_l1: bool = Field(False, description="add an L1 term on the raw boxes")
+    iou_type: Literal["iou", "giou"] = Field("iou", description="box term: iou (1 - IoU²) or giou (1 - GIoU)")
+    center_sampling_radius: float = Field(
+        2.5, gt=0, description="points this near an object's centre, in strides, may learn it"
+    )
+
+
+class Train(Section):
+    """Optimization."""
+
+    epochs: int = Field(300, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step over all workers, which share them equally")
+    lr: float = Field(0.02, gt=0, description="highest learning rate, for this batch size")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD, with Nesterov's form")
+    weight_decay: float = Field(5e-4, ge=0, description="of kernels; biases and norms have none")
+    warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises linearly from 0")
+    cooldown_epochs: float = Field(15.0, ge=0, description="epochs at the end with the lowest learning rate")
+    final_lr: float = Field(0.05, ge=0, le=1, description="lowest learning rate, as a share of the highest")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the moving average of the weights")
+    ema_ramp: float = Field(
+        15.0, gt=0, description="how fast the decay rises to that: decay · (1 - exp(-ramp · share of the run))"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+
+
+class Eval(Section):
+    """Validation: what counts as a detection."""
+
+    every: int = Field(1, ge=1, description="epochs from one validation to the next; the last epoch always has one")
+    batch_size: int = Field(16, ge=1, description="images a step and worker")
+    score: float = Field(0.001, ge=0, lt=1, description="lowest score of a detection")
+    iou: float = Field(0.65, gt=0, le=1, description="NMS: of two boxes that overlap more, the better stays")
+    max_detections: int = Field(300, ge=1, description="of an image, after NMS")
+    multi_label: bool = Field(False, description="a box may be detected as several classes, else as its best")
+    class_agnostic: bool = Field(False, description="NMS across classes")
+
+
+class Scale(Section):
+    """Resources. Nothing here changes the result, but for the order in which ranks add up."""
+
+    num_workers: int = Field(1, ge=1, description="Ray Train workers, one GPU each where GPUs are used")
+    gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPUs of a worker; null: 1 with a GPU, else an equal share of this machine's"
+    )
+    data_tasks: int | None = Field(
+        None, ge=1, description="Ray Data tasks at once, one CPU each; null: as many as there are CPUs left"
+    )
+    max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
+
+
+class Track(Section):
+    """What is written and shown while it runs."""
+
+    log_every: int = Field(20, ge=1, description="steps from one progress line to the next")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints to keep: the best by mAP@0.50:0.95, and the last")
+
+
+class Recipe(Section):
+    """All settings of a training."""
+
+    name: str = Field("", description="of the run: its folder below `storage`; empty: the recipe's own name")
+    storage: str = Field("runs", description="folder of the runs, on storage that all nodes share")
+    seed: int = Field(0, ge=0, description="of the weights, the order of the images and their augmentation")
+    model: Model = Model()
+    data: Data = Data()
+    augment: Augment = Augment()
+    loss: Loss = Loss()
+    train: Train = Train()
+    eval: Eval = Eval()
+    scale: Scale = Scale()
+    track: Track = Track()
+
+    @property
+    def run_folder(self) -> Path:
+        """Absolute path of the run's folder."""
+        return Path(self.storage).expanduser().resolve() / self.name
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with raydet: name → file."""
+    folder = Path(str(files("raydet") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: a shipped name, the path of a YAML file, or a recipe.
+        overrides: `section.key=value`, values as in YAML.
+
+    Raises:
+        RaydetError: there is no such recipe, or a key or value in it is wrong; the message names it.
+    """
+    if isinstance(recipe, Recipe):
+        tree, source = recipe.model_dump(mode="json"), "recipe"
+    else:
+        path = shipped().get(str(recipe)) or Path(recipe)
+        if not path.is_file():
+            raise RaydetError(
+                f"{recipe} is neither a recipe of raydet{did_you_mean(str(recipe), shipped())} nor a YAML file "
+                "(raydet recipes lists the former)"
+            )
+        tree, source = _read(path), f"recipe {recipe}"
+        tree["name"] = tree.get("name") or path.stem
+    for override in overrides:
+        _override(tree, override)
+    return _validate(tree, source)
+
+
+def describe(recipe: Recipe) -> str:
+    """Return the recipe as YAML, each key under its description."""
+    lines: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        value = getattr(recipe, name)
+        if isinstance(value, Section):
+            lines += ["", f"# {value.__doc__}", f"{name}:"]
+            for key, inner in type(value).model_fields.items():
+                lines += _entry(key, getattr(value, key), inner.description or "", indent="  ")
+        else:
+            lines += _entry(name, value, field.description or "", indent="")
+    return "\n".join(lines) + "\n"
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML, complete."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+    return text
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """Return a line for each setting in which two recipes differ, but for those that do not change the result."""
+    mine, other = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
+    harmless = ("scale.", "track.", "data.root", "storage")
+    return [
+        f"{key}: {other[key]} there, {mine[key]} here"
+        for key in mine
+        if not key.startswith(harmless) and mine[key] != other[key]
+    ]
+
+
+def _entry(key: str, value: Any, description: str, indent: str) -> list[str]:
+    comment = textwrap.wrap(description, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    return [*comment, f"{indent}{key}: {shown.removesuffix('...' + chr(10)).strip()}"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RaydetError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RaydetError(f"recipe {path} holds no settings: it should be `section:` with `key: value` below")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RaydetError(f"{override!r} is not an override: write section.key=value, such as train.epochs=10")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
+        tree = inner
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RaydetError(f"{override!r}: the value is not YAML; quote it") from None
+
+
+def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                problems.append(f"{key}: no such setting{did_you_mean(key, _keys())}")
+            else:
+                problems.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
+        raise RaydetError(f"{source}: {'; '.join(problems)}") from None
+
+
+@cache
+def _keys() -> tuple[str, ...]:
+    return (*Recipe.model_fields, *_flat(Recipe().model_dump()))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,78 @@
+"""Validation: a model's detections on the images of an index, measured in original pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raydet.data.batch import Batch
+from raydet.data.index import Index
+from raydet.data.transforms import fit_scale
+from raydet.metrics import CocoEvaluation
+from raydet.models import Preprocessing
+from raydet.recipe import Eval
+
+
+def post_prediction(model: Any, thresholds: Eval) -> Callable[[Any], list[Tensor]]:
+    """Return the model's post-prediction callback with the thresholds of a recipe."""
+    callback: Callable[[Any], list[Tensor]] = model.get_post_prediction_callback(
+        conf=thresholds.score,
+        iou=thresholds.iou,
+        max_predictions=thresholds.max_detections,
+        multi_label_per_box=thresholds.multi_label,
+        class_agnostic_nms=thresholds.class_agnostic,
+    )
+    return callback
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    index: Index,
+    preprocessing: Preprocessing,
+    thresholds: Eval,
+    device: torch.device,
+) -> dict[str, float]:
+    """Detect in this rank's images and measure over all ranks.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        batches: this rank's images; every image of the index is in exactly one rank's.
+        index: ground truth.
+        preprocessing: from pixels to the model's input.
+        thresholds: what counts as a detection.
+        device: of the model.
+
+    Returns:
+        The metrics by name on rank 0, nothing on the others.
+    """
+    callback = post_prediction(model, thresholds)
+    evaluation = CocoEvaluation(index)
+    for batch in batches:
+        images = preprocessing(batch.images.to(device, non_blocking=True))
+        height, width = images.shape[-2:]
+        detections = []
+        rows = batch.rows.tolist()
+        for row, found in zip(rows, callback(model(images)), strict=True):
+            found[:, :4] /= fit_scale(*index.size(row), (height, width))
+            detections.append(found.cpu().numpy())
+        evaluation.update(rows, detections)
+    shards = _gather(evaluation.to_bytes())
+    if shards is None:
+        return {}
+    evaluation.merge_bytes(shards)
+    return evaluation.compute()
+
+
+def _gather(shard: bytes) -> list[bytes] | None:
+    """Return every rank's bytes on rank 0, None elsewhere."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [shard]
+    shards: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(shard, shards)
+    return shards

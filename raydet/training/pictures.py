@@ -1,0 +1,39 @@
+"""Pictures of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+
+from raydet.data.index import Index
+from raydet.data.samples import imread
+from raydet.predict import load
+from raydet.recipe import load as load_recipe
+from raydet.training.prepare import load_index
+from raydet.visualization import draw_boxes, grid
+
+SHOWN, SHOWN_SCORE = 6, 0.3
+
+
+def draw_validation(folder: Path, index: Index | None = None) -> Path:
+    """Draw the best checkpoint's detections on validation images beside the ground truth, and return the picture.
+
+    The images are spread over the index; detections below a score of 0.3 are left out.
+    """
+    index = index if index is not None else load_index(load_recipe(folder / "recipe.yaml").data, "val")
+    predictor = load(folder)
+    pictures = []
+    for number in range(min(SHOWN, len(index))):
+        row = number * len(index) // SHOWN
+        image = imread(index.path(row))
+        truth = index.annotations(row)
+        found = predictor.predict([image], SHOWN_SCORE)[0]
+        pictures += [
+            draw_boxes(image, truth.boxes, truth.labels.tolist(), index.class_names),
+            predictor.draw(image, found),
+        ]
+    path = folder / "images" / "validation.jpg"
+    path.parent.mkdir(exist_ok=True)
+    cv2.imwrite(str(path), grid(pictures, columns=4, cell=(320, 320)))
+    return path

@@ -1,0 +1,184 @@
+"""From a recipe to a job: reads the data, builds the model and the loss, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from raydet import losses, models
+from raydet.data.coco import load_coco
+from raydet.data.index import Index
+from raydet.data.samples import Samples
+from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Transform
+from raydet.errors import RaydetError
+from raydet.models import Family, load_weights
+from raydet.recipe import Data, Recipe, describe, differences
+from raydet.recipe import load as load_recipe
+from raydet.training.checkpoint import Config
+from raydet.training.run import Job
+
+
+def load_index(data: Data, split: str) -> Index:
+    """Read the images and objects of a split, "train" or "val".
+
+    Raises:
+        RaydetError: see the format's loader.
+    """
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise RaydetError(f"data.root: {root} is not a folder; pass data.root=FOLDER")
+    return load_coco(root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images"))
+
+
+def train_samples(recipe: Recipe, index: Index) -> Samples:
+    """Return the training stream's samples."""
+    size, augment = recipe.data.image_size, recipe.augment
+    transforms: tuple[Transform, ...] = (
+        Fit(size),
+        HorizontalFlip(augment.horizontal_flip),
+        HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
+        Pad(size),
+    )
+    return Samples(index, transforms, size, recipe.data.chunk_size, recipe.seed)
+
+
+def val_samples(recipe: Recipe, index: Index) -> Samples:
+    """Return the validation stream's samples."""
+    size = recipe.data.image_size
+    return Samples(index, (Fit(size), Pad(size)), size, recipe.data.chunk_size, recipe.seed, shuffle=False)
+
+
+def make_job(
+    recipe: Recipe,
+    train_index: Index | None,
+    val_index: Index,
+    model: nn.Module | None = None,
+    loss: nn.Module | None = None,
+) -> Job:
+    """Build what the workers get.
+
+    Args:
+        recipe: the settings.
+        train_index: images to train on; None for an evaluation.
+        val_index: images to validate on.
+        model: a model of the user's own in place of the recipe's.
+        loss: likewise.
+
+    Raises:
+        RaydetError: classes, batch and workers, model and loss, or weights do not fit.
+    """
+    if train_index is not None:
+        _check_data(recipe, train_index, val_index)
+    names = val_index.class_names
+    count = recipe.model.num_classes
+    if count is not None and count != len(names):
+        raise RaydetError(
+            f"model.num_classes is {count}, but the data has {len(names)} classes ({_some(names)}); "
+            "set it to null or correct the data"
+        )
+    family = models.family_of(recipe.model.name)
+    licence = ""
+    if model is None:
+        torch.manual_seed(recipe.seed)
+        model = family.models[recipe.model.name](len(names))
+        if recipe.model.weights is not None:
+            licence = load_weights(model, Path(recipe.model.weights).expanduser()).licence
+        name = recipe.model.name
+    else:
+        name = ""
+    config = Config(
+        model=name,
+        class_names=names,
+        category_ids=val_index.category_ids,
+        image_size=recipe.data.image_size,
+        preprocessing=family.preprocessing,
+        thresholds=recipe.eval,
+        licence=licence,
+    )
+    criterion = loss if loss is not None else _make_loss(recipe, family, len(names))
+    return Job(recipe, config, model, criterion, len(train_index) if train_index is not None else 0, val_index)
+
+
+def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe to evaluate a checkpoint, a run or a weights file with."""
+    run = checkpoint_path if (checkpoint_path / "recipe.yaml").is_file() else checkpoint_path.parent
+    if recipe is not None:
+        return load_recipe(recipe, overrides)
+    if checkpoint_path.is_dir() and (run / "recipe.yaml").is_file():
+        return load_recipe(run / "recipe.yaml", overrides)
+    raise RaydetError(
+        f"{checkpoint_path} says neither its model nor its data: add --recipe, such as --recipe coco2017_yolox_s"
+    )
+
+
+def open_run(recipe: Recipe) -> None:
+    """Make the run's folder with recipe.yaml and environment.json, or check that it is the same run.
+
+    Raises:
+        RaydetError: the folder is of a run with other settings.
+    """
+    folder = recipe.run_folder
+    path = folder / "recipe.yaml"
+    if path.is_file():
+        changed = differences(recipe, load_recipe(path))
+        if changed:
+            raise RaydetError(
+                f"{folder} is a run with other settings ({'; '.join(changed)}); "
+                "choose another name=…, or remove the folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, describe(recipe))
+    _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, str | int]:
+    """Return what a run's numbers may depend on beside its recipe."""
+    packages = ("raydet", "torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "hotcoco")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none on the driver"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count() or 0,
+        "gpu": gpu,
+        **{name: version(name) for name in packages},
+    }
+
+
+def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
+    if train_index.class_names != val_index.class_names:
+        raise RaydetError(
+            "training and validation data have different classes: "
+            f"{_some(train_index.class_names)} and {_some(val_index.class_names)}"
+        )
+    for split, index in (("training", train_index), ("validation", val_index)):
+        if not index.num_boxes:
+            raise RaydetError(f"the {split} data has no objects in its {len(index)} images")
+    batch, workers = recipe.train.batch_size, recipe.scale.num_workers
+    if batch % workers:
+        raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {workers} equally")
+
+
+def _make_loss(recipe: Recipe, family: Family, num_classes: int) -> nn.Module:
+    settings = recipe.loss.model_dump()
+    kind: type[nn.Module] = getattr(losses, settings.pop("name"))
+    if kind not in family.losses:
+        fitting = ", ".join(loss.__name__ for loss in family.losses)
+        raise RaydetError(f"loss.name: {kind.__name__} is not a loss of {family.name}; its losses are {fitting}")
+    return kind(num_classes=num_classes, **settings)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
