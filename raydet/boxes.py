@@ -43,7 +43,8 @@ def xywh_to_xyxy(boxes: Boxes) -> Boxes:
 
 def clip(boxes: npt.NDArray[Any], width: float, height: float) -> npt.NDArray[Any]:
     """Clip [..., 4] xyxy to an image of the given size in pixels."""
-    return np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
+    clipped: npt.NDArray[Any] = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
+    return clipped
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ def evaluate(
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
     source: Annotated[Path, typer.Argument(help="image, or folder of images")],
-    out: Annotated[Path, typer.Option("--out", help="folder for the pictures and detections.json")] = Path("predictions"),
+    out: Annotated[Path, typer.Option("--out", help="folder for the pictures and detections.json")] = Path(
+        "predictions"
+    ),
     score: Annotated[float, typer.Option("--score", help="lowest score of a detection", min=0, max=1)] = 0.25,
     device: Device = None,
 ) -> None:

@@ -7,6 +7,7 @@ of the COCO API (twelve in all, and the AP of each class).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -56,7 +57,8 @@ class CocoEvaluation:
             rows: the images, as rows of the index; an image is given once, and once only.
             detections: for each image [n, 6]: x1, y1, x2, y2 in pixels of the original image, score, class.
         """
-        images, truth = [], []
+        images: list[dict[str, Any]] = []
+        truth: list[dict[str, Any]] = []
         found = [np.empty((0, 7))]
         for row, boxes in zip(rows, detections, strict=True):
             image_id = int(self._index.image_ids[row])
@@ -73,9 +75,12 @@ class CocoEvaluation:
                         "iscrowd": int(crowd),
                     }
                 )
-            boxes = np.asarray(boxes, np.float64)
-            labels = self._category[boxes[:, 5].astype(int)]
-            found.append(np.column_stack([np.full(len(boxes), image_id), xyxy_to_xywh(boxes[:, :4]), boxes[:, 4], labels]))
+            rows_of_seven = np.empty((len(boxes), 7))
+            rows_of_seven[:, 0] = image_id
+            rows_of_seven[:, 1:5] = xyxy_to_xywh(np.asarray(boxes[:, :4], np.float64))
+            rows_of_seven[:, 5] = boxes[:, 4]
+            rows_of_seven[:, 6] = self._category[boxes[:, 5].astype(int)]
+            found.append(rows_of_seven)
         self._stream.update(images, truth, np.concatenate(found))
 
     def to_bytes(self) -> bytes:
@@ -95,9 +100,11 @@ class CocoEvaluation:
         """
         evaluation = self._stream.finalize()
         evaluation.accumulate()
+        found = evaluation.eval
+        assert found is not None
         arrays = {
-            "precision": np.asarray(evaluation.eval["precision"]),  # [IoU, recall, class, area, detections]
-            "recall": np.asarray(evaluation.eval["recall"]),  # [IoU, class, area, detections]
+            "precision": np.asarray(found["precision"]),  # [IoU, recall, class, area, detections]
+            "recall": np.asarray(found["recall"]),  # [IoU, class, area, detections]
         }
         thresholds = np.linspace(0.5, 0.95, 10)
         metrics = {}

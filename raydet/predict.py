@@ -75,7 +75,7 @@ class Predictor:
             labels = rows[:, 5].astype(np.int64)
             results.append(
                 Detections(
-                    rows[:, :4] / np.float32(fit_scale(width, height, size)),
+                    (rows[:, :4] / fit_scale(width, height, size)).astype(np.float32),
                     rows[:, 4],
                     labels,
                     tuple(self.config.class_names[label] for label in labels),

@@ -38,7 +38,7 @@ class Model(Section):
     num_classes: int | None = Field(None, ge=1, description="classes; null: as many as the data has")
     weights: str | None = Field(
         None,
-        description="checkpoint to start from: a raydet checkpoint folder, or a file under Megvii's names; null: from scratch",
+        description="weights to start from: a raydet checkpoint, or a file under Megvii's names; null: from scratch",
     )
 
 
@@ -52,7 +52,8 @@ class Data(Section):
     val_annotations: str = Field("annotations/instances_val2017.json", description="annotation file to validate on")
     val_images: str = Field("val2017", description="folder of its images")
     image_size: Annotated[tuple[int, int], BeforeValidator(_image_size)] = Field(
-        (640, 640), description="pixels, one number or [height, width], multiples of 32; images are scaled to fit and padded"
+        (640, 640),
+        description="pixels, one number or [height, width], multiples of 32; images are scaled to fit and padded",
     )
     chunk_size: int = Field(
         64, ge=1, description="samples that a Ray Data task makes; a worker's batch should divide it"
@@ -274,7 +275,7 @@ def _keys() -> tuple[str, ...]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

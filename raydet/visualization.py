@@ -40,7 +40,7 @@ def draw_boxes(
     size = max(0.35, min(height, width) / 1000)
     line = max(1, round(min(height, width) / 350))
     for number in reversed(range(len(labels))):
-        left, top, right, bottom = (int(round(float(value))) for value in boxes[number])
+        left, top, right, bottom = (round(float(value)) for value in boxes[number])
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
         text = class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -69,4 +70,4 @@ def local_eval_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:
 
 def _by_chunk(start: int, stop: int, chunk_size: int) -> list[tuple[int, int]]:
     edges = [start, *range((start // chunk_size + 1) * chunk_size, stop, chunk_size), stop]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

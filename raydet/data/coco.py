@@ -26,8 +26,8 @@ def load_coco(annotations: str | Path, images: str | Path) -> Index:
         images: folder that its `file_name`s start from.
 
     Raises:
-        RaydetError: the file or folder is missing, is not COCO, or holds a record that makes no sense; the message names
-            the file and the record.
+        RaydetError: the file or folder is missing, is not COCO, or holds a record that makes no sense; the message
+            names the file and the record.
     """
     annotations, images = Path(annotations), Path(images)
     if not images.is_dir():
@@ -79,11 +79,11 @@ def load_coco(annotations: str | Path, images: str | Path) -> Index:
     )
 
 
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise RaydetError(f"{path}: no such annotation file")
     try:
-        content = json.loads(path.read_bytes())
+        content: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise RaydetError(f"{path} is not JSON: {error}") from None
     for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):

@@ -88,7 +88,7 @@ def read(index: Index, row: int) -> Sample:
     """Read and decode an image with its objects, but for crowds.
 
     Raises:
-        RaydetError: the file is missing, is no image, or has another size than its annotation says; the message names it.
+        RaydetError: the file is missing, is no image, or has another size than its annotation says; it is named.
     """
     path = index.path(row)
     image = imread(path)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,11 +79,7 @@ def train_batches(
     block_size = gcd(batch_size, samples.chunk_size)
     span = SEGMENT_CHUNKS * samples.chunk_size
     edges = [start, *range((start // span + 1) * span, stop, span), stop]
-    segments = [
-        _Segment(source, samples, low, high, block_size, tasks)
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
-        if low < high
-    ]
+    segments = [_Segment(source, samples, low, high, block_size, tasks) for low, high in pairwise(edges) if low < high]
 
     def start_segment(number: int) -> _Prefetch | None:
         if number >= len(segments):

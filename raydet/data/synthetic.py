@@ -20,7 +20,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 CLASSES = ("disc", "ring", "square", "triangle", "cross", "star")
-SIZES = ((256, 256), (256, 192), (192, 256))  # width, height in pixels
+SIZES = ((192, 192), (192, 144), (144, 192))  # width, height in pixels
 SMALLEST, LARGEST = 16, 128  # side of an object in pixels
 EMPTY = 0.06  # share of pictures without objects
 
@@ -71,7 +71,7 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
     _clutter(rng, image)
     owner = np.full((height, width), -1)  # which object a pixel shows
     drawn: list[tuple[int, tuple[int, int, int, int], int]] = []  # label, box, pixels before others covered it
-    wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, 9))
+    wanted = 0 if rng.random() < EMPTY else int(rng.integers(2, 12))
     for _ in range(wanted):
         label = int(rng.integers(len(CLASSES)))
         window, inside, colours = _shape(rng, label, width, height)
@@ -88,7 +88,7 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
 def _shape(rng: np.random.Generator, label: int, width: int, height: int) -> tuple[tuple[slice, slice], Array, Array]:
     """Return a window of the picture, where in it the object is, bool [h, w], and its colours, float [h, w, 3]."""
     side = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
-    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.18)
+    angle, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
     x0, y0 = rng.uniform(0, width), rng.uniform(0, height)
     window = tuple(slice(max(0, int(at - side)), int(at + side) + 1) for at in (y0, x0))
     y, x = np.mgrid[:height, :width][:, window[0], window[1]]
@@ -98,12 +98,12 @@ def _shape(rng: np.random.Generator, label: int, width: int, height: int) -> tup
     a, b = np.abs(u), np.abs(v)
     name = CLASSES[label]
     pattern = {  # 0 … 1 between two colours
-        "disc": u * 0.5 + 0.5,
+        "disc": np.sin(radius * 10) > 0,
         "ring": np.sin(turn * 6) > 0,
         "square": (np.floor(u * 2) + np.floor(v * 2)) % 2,
         "triangle": np.sin(u * 12) > 0,
-        "cross": np.zeros_like(u),
-        "star": radius < 0.35,
+        "cross": (np.sin(u * 14) > 0.3) & (np.sin(v * 14) > 0.3),
+        "star": u * 0.5 + 0.5,
     }[name]
     inside = {
         "disc": radius < 1,
@@ -126,7 +126,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Array:
 
 def _clutter(rng: np.random.Generator, image: Array) -> None:
     height, width = image.shape[:2]
-    for _ in range(int(rng.integers(4, 12))):
+    for _ in range(int(rng.integers(2, 7))):
         colour = rng.uniform(20, 235, 3).tolist()
         points = rng.integers(0, (width, height), (2, 2)).tolist()
         if rng.random() < 0.6:
@@ -154,7 +154,9 @@ def _bounds(inside: Array, window: tuple[slice, slice]) -> tuple[int, int, int, 
 def _hides_another(inside: Array, below: Array, owner: Array, drawn: list[Any]) -> bool:
     """Would less than 60 % of an object that is already there remain to be seen?"""
     return any(
-        (owner == i).sum() - ((below == i) & inside).sum() < 0.6 * drawn[i][2] for i in np.unique(below[inside]) if i >= 0
+        (owner == i).sum() - ((below == i) & inside).sum() < 0.6 * drawn[i][2]
+        for i in np.unique(below[inside])
+        if i >= 0
     )
 
 

@@ -21,7 +21,7 @@ MIN_BOX_SIDE = 1.0  # pixels; what is thinner after a transform is no object to 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its objects: image uint8 [H, W, 3] BGR, boxes float32 [n, 4] xyxy in its pixels, labels int32 [n]."""
+    """An image with its objects: uint8 [H, W, 3] BGR, boxes float32 [n, 4] xyxy in its pixels, labels int32 [n]."""
 
     image: npt.NDArray[np.uint8]
     boxes: npt.NDArray[np.float32]

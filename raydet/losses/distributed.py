@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
-    """Return the sum of a detached tensor over all ranks, and their number; (itself, 1) where nothing is distributed."""
+    """Return the sum of a detached tensor over all ranks, and how many there are; one where nothing is distributed."""
     values = values.detach().clone()
     if not (dist.is_available() and dist.is_initialized()):
         return values, 1

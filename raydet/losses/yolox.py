@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydet.anchors import anchor_cells, decode_yolox
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
 from raydet.losses.distributed import sum_over_ranks
 
@@ -31,15 +32,15 @@ class Predictions(NamedTuple):
         boxes: [B, A, 4] xyxy in pixels.
         objectness: [B, A] logits.
         classes: [B, A, C] logits.
-        centres: [A, 2] of the cells, in pixels.
-        strides: [A] in pixels.
+        cells: [A, 2] column and row.
+        strides: [A, 1] in pixels.
     """
 
     raw_boxes: Tensor
     boxes: Tensor
     objectness: Tensor
     classes: Tensor
-    centres: Tensor
+    cells: Tensor
     strides: Tensor
 
 
@@ -172,8 +173,8 @@ class YoloXDetectionLoss(nn.Module):
         l1_loss = torch.zeros_like(box_loss)
         if self.use_l1:
             point = assigned.points % points
-            stride = predictions.strides[point, None]
-            offset = objects[:, 2:4] / stride - predictions.centres[point] / stride + 0.5
+            stride = predictions.strides[point]
+            offset = objects[:, 2:4] / stride - predictions.cells[point]
             raw_wanted = torch.cat((offset, torch.log(objects[:, 4:] / stride + 1e-8)), dim=1)
             raw = predictions.raw_boxes.reshape(-1, 4)[assigned.points]
             l1_loss = torch.where(assigned.keep[:, None], (raw - raw_wanted).abs(), 0.0).sum(1)
@@ -191,7 +192,7 @@ class YoloXDetectionLoss(nn.Module):
         candidate = torch.zeros_like(predictions.objectness, dtype=torch.int32)
         candidate = candidate.index_add_(0, image, (near | inside).int())[image] > 0
         cost, ious = _cost(predictions, targets, near & inside, candidate)
-        best, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, 1.0), most=_TOP_IOUS)
+        _, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, 1.0), most=_TOP_IOUS)
 
         # A point that several objects chose goes to the object of the image which it costs least, chosen or not.
         flat = image[:, None] * cost.shape[1] + points
@@ -209,16 +210,17 @@ class YoloXDetectionLoss(nn.Module):
 
     def _near_and_inside(self, predictions: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[M, A] each: is the point near the object's centre, is it inside the object."""
-        distance = (predictions.centres - targets[:, None, 2:4]).abs()
-        near = (distance < self.center_sampling_radius * predictions.strides[:, None]).all(-1)
+        centres = (predictions.cells + 0.5) * predictions.strides
+        distance = (centres - targets[:, None, 2:4]).abs()
+        near = (distance < self.center_sampling_radius * predictions.strides).all(-1)
         return near, (distance < targets[:, None, 4:6] / 2).all(-1)
 
 
 class YoloXFastDetectionLoss(YoloXDetectionLoss):
     """SuperGradients' faster variant: an object's candidates are its own points only.
 
-    As it then has fewer of them, k is raised by `dynamic_ks_bias`; a point that several objects chose goes to the one of
-    these which it costs least.
+    As it then has fewer of them, k is raised by `dynamic_ks_bias`; a point that several objects chose goes to the one
+    of these which it costs least.
 
     Args:
         dynamic_ks_bias: factor on the sum of IoUs that gives k.
@@ -259,9 +261,7 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         divisors = super().divisors(foreground, outputs, world_size)
         if self.obj_loss_fix:
             points = sum(raw[..., 0].numel() for raw in raw_maps(outputs, self.num_classes))
-            divisors = torch.where(
-                torch.arange(4, device=divisors.device) == 1, float(points * world_size), divisors
-            )
+            divisors = torch.where(torch.arange(4, device=divisors.device) == 1, float(points * world_size), divisors)
         return divisors
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
@@ -300,26 +300,15 @@ def raw_maps(outputs: Sequence[Tensor], num_classes: int) -> Sequence[Tensor]:
 
 def flatten(maps: Sequence[Tensor], strides: Sequence[int]) -> Predictions:
     """Join raw maps [B, 1, H, W, 5 + C] into one list of anchor points."""
-    images, channels = maps[0].shape[0], maps[0].shape[-1]
-    device = maps[0].device
-    raw = torch.cat([m.reshape(images, -1, channels) for m in maps], dim=1).float()
-    grids, steps = [], []
-    for m, stride in zip(maps, strides, strict=True):
-        y, x = torch.meshgrid(
-            torch.arange(m.shape[2], device=device), torch.arange(m.shape[3], device=device), indexing="ij"
-        )
-        grids.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
-        steps.append(torch.full((m.shape[2] * m.shape[3],), float(stride), device=device))
-    grid, step = torch.cat(grids), torch.cat(steps)
-    centre = (raw[..., :2] + grid) * step[:, None]
-    size = raw[..., 2:4].exp() * step[:, None]
+    raw = torch.cat([level.flatten(1, 3) for level in maps], dim=1).float()
+    cells, steps = anchor_cells([(level.shape[2], level.shape[3]) for level in maps], strides, raw.device)
     return Predictions(
         raw_boxes=raw[..., :4],
-        boxes=cxcywh_to_xyxy(torch.cat((centre, size), dim=-1)),
+        boxes=cxcywh_to_xyxy(decode_yolox(raw[..., :4], cells, steps)),
         objectness=raw[..., 4],
         classes=raw[..., 5:],
-        centres=(grid + 0.5) * step[:, None],
-        strides=step,
+        cells=cells,
+        strides=steps,
     )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "YoloX_X",
     "family_of",
     "get",
+    "load_weights",
 ]
 
 FAMILIES: dict[str, Family] = {name: family for family in (yolox.FAMILY,) for name in family.models}
@@ -45,8 +46,8 @@ def get(name: str, num_classes: int = 80, weights: str | Path | None = None) -> 
     Args:
         name: yolox_n, yolox_t, yolox_s, yolox_m, yolox_l or yolox_x.
         num_classes: of the prediction layers.
-        weights: path of a checkpoint, of raydet or under Megvii's names. Prediction layers for another class count start
-            afresh, and a warning says so. Nothing is ever downloaded.
+        weights: path of a checkpoint, of raydet or under Megvii's names. Prediction layers for another class count
+            start afresh, and a warning says so. Nothing is ever downloaded.
 
     Raises:
         RaydetError: no such model, no such file, or a file of another model.

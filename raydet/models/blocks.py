@@ -10,7 +10,13 @@ class Conv(nn.Module):
     """Convolution without bias, batch norm, SiLU; padded so that stride 1 keeps the size."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, padding: int | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        padding: int | None = None,
     ):
         super().__init__()
         padding = (kernel - 1) // 2 if padding is None else padding

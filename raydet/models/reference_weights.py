@@ -23,14 +23,19 @@ from raydet.errors import RaydetError
 
 logger = logging.getLogger(__name__)
 
-_WHERE_TO_GET = """raydet downloads no weights: {weights!r} is neither a file nor a checkpoint folder.
-For YOLOX on COCO, get the .pth of your model from the releases of github.com/Megvii-BaseDetection/YOLOX (yolox_nano.pth for \
-yolox_n, yolox_tiny.pth for yolox_t, yolox_s.pth …; Apache-2.0), and pass its path: model.weights=PATH, or \
-raydet.models.get(name, num_classes, weights=PATH)."""
+_WHERE_TO_GET = (
+    "{weights!r} is neither a weights file nor a checkpoint folder, and raydet downloads none. For YOLOX on COCO, get "
+    "the .pth of your model from the releases of github.com/Megvii-BaseDetection/YOLOX (yolox_nano.pth for yolox_n, "
+    "yolox_tiny.pth for yolox_t, yolox_s.pth …; licence Apache-2.0), and pass its path: model.weights=PATH, or "
+    "raydet.models.get(name, num_classes, weights=PATH)"
+)
 
-# Megvii's name → ours, on the start of a name. The rest of our names are theirs.
-_MEGVII = (("backbone.backbone.stem.conv.", "backbone.stem."), ("backbone.backbone.", "backbone."))
-_MEGVII_NECK = re.compile(r"^backbone\.((?:lateral|reduce|bu)_conv\d|C3_[pn]\d)\.")
+# Megvii's names → ours, each on the start of a name; the rest of our names are theirs.
+_MEGVII = (
+    (re.compile(r"^backbone\.((?:lateral|reduce|bu)_conv\d|C3_[pn]\d)\."), r"neck.\1."),
+    (re.compile(r"^backbone\.backbone\.stem\.conv\."), "backbone.stem."),
+    (re.compile(r"^backbone\.backbone\."), "backbone."),
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,6 @@ def read_weights(weights: str | Path) -> Weights:
         raise RaydetError(_WHERE_TO_GET.format(weights=str(weights)))
     tensors = _tensors(path)
     if any(name.startswith("backbone.backbone.") for name in tensors):
-        if not any(name.endswith("running_var") for name in tensors):
-            raise RaydetError(f"{path}: its batch norms are folded into the kernels; use the weights before that")
         return Weights(_from_megvii(tensors), "Megvii's YOLOX", "Apache-2.0 (Megvii YOLOX)")
     if any(name.startswith("head.") for name in tensors) and any(name.startswith("backbone.") for name in tensors):
         return Weights(tensors, "raydet", _own_licence(path.parent / "config.json"))
@@ -83,9 +86,7 @@ def load_weights(model: nn.Module, weights: str | Path) -> Weights:
     read = read_weights(weights)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: tensor for name, tensor in read.tensors.items() if not name.endswith("num_batches_tracked")}
-    replaced = [
-        name for name in own if "cls_preds" in name and name in given and own[name].shape != given[name].shape
-    ]
+    replaced = [name for name in own if "cls_preds" in name and name in given and own[name].shape != given[name].shape]
     wrong = [f"{name} {list(given[name].shape)}" for name in given if name not in own]
     wrong += [f"{name} is missing" for name in own if name not in given]
     wrong += [
@@ -135,18 +136,13 @@ def _own_licence(config: Path) -> str:
 
 
 def _from_megvii(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name == "backbone.backbone.stem.conv.conv.weight":
-            tensor = _focus_as_convolution(tensor)
-        for theirs, ours in _MEGVII:
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        else:
-            name = _MEGVII_NECK.sub(r"neck.\1.", name)
-        renamed[name] = tensor
-    return renamed
+    def ours(name: str) -> str:
+        for pattern, replacement in _MEGVII:
+            name = pattern.sub(replacement, name)
+        return name
+
+    stem = "backbone.backbone.stem.conv.conv.weight"
+    return {ours(name): _focus_as_convolution(tensor) if name == stem else tensor for name, tensor in tensors.items()}
 
 
 def _focus_as_convolution(kernel: Tensor) -> Tensor:

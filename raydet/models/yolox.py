@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raydet.anchors import anchor_cells, decode_yolox
 from raydet.losses.yolox import YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models.blocks import SPP, Conv, CSPLayer, DepthwiseConv
 from raydet.models.family import Detector, Family, Preprocessing
@@ -19,8 +20,8 @@ STRIDES = (8, 16, 32)
 class CSPDarknet(nn.Module):
     """YOLOX's backbone.
 
-    The stem is a 6x6 convolution of stride 2. It is the same function as the Focus slicing with a 3x3 convolution of the
-    paper: each of its four slices is every second pixel of every second row.
+    The stem is a 6x6 convolution of stride 2. It is the same function as the Focus slicing with a 3x3 convolution of
+    the paper: each of its four slices is every second pixel of every second row.
     """
 
     def __init__(self, depth: float, width: float, depthwise: bool):
@@ -110,7 +111,7 @@ class YoloXHead(nn.Module):
         self.obj_preds = nn.ModuleList(nn.Conv2d(hidden, 1, 1) for _ in in_channels)
         for prediction in (*self.cls_preds, *self.obj_preds):
             # Start from a probability of 0.01: nearly all anchor points are background (Lin et al., 2017).
-            nn.init.constant_(prediction.bias, -math.log((1 - 0.01) / 0.01))  # type: ignore[arg-type]
+            nn.init.constant_(prediction.bias, -math.log((1 - 0.01) / 0.01))
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Any:
         """Maps at strides 8, 16 and 32 → see the class."""
@@ -125,18 +126,9 @@ class YoloXHead(nn.Module):
 
 def decode(maps: list[Tensor]) -> Tensor:
     """Raw maps → [B, L, 5 + C]: cx, cy, w, h in pixels, objectness and class probabilities, in float32."""
-    levels = []
-    for raw, stride in zip(maps, STRIDES, strict=True):
-        batch, _, height, width, channels = raw.shape
-        y, x = torch.meshgrid(
-            torch.arange(height, device=raw.device), torch.arange(width, device=raw.device), indexing="ij"
-        )
-        grid = torch.stack((x, y), dim=-1).float()
-        raw = raw.float()
-        centre = (raw[..., :2] + grid) * stride
-        size = raw[..., 2:4].exp() * stride
-        levels.append(torch.cat((centre, size, raw[..., 4:].sigmoid()), dim=-1).reshape(batch, -1, channels))
-    return torch.cat(levels, dim=1)
+    raw = torch.cat([level.flatten(1, 3) for level in maps], dim=1).float()
+    cells, strides = anchor_cells([(level.shape[2], level.shape[3]) for level in maps], STRIDES, raw.device)
+    return torch.cat((decode_yolox(raw[..., :4], cells, strides), raw[..., 4:].sigmoid()), dim=-1)
 
 
 class YoloX(Detector):

@@ -1,8 +1,8 @@
 """Checkpoints: a folder that is enough to resume, evaluate and predict.
 
-    model.safetensors   the weights to use: the moving average
-    training.pt         online weights, optimizer, step (read with weights_only)
-    config.json         model, classes, preprocessing, thresholds, metrics, licence
+model.safetensors   the weights to use: the moving average
+training.pt         online weights, optimizer, step (read with weights_only)
+config.json         model, classes, preprocessing, thresholds, metrics, licence
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Config:
             RaydetError: the model is the user's own.
         """
         if not self.model:
-            raise RaydetError("this checkpoint is of a model that raydet does not know: build it, and pass it as model=")
+            raise RaydetError(
+                "this checkpoint is of a model that raydet does not know: build it, and pass it as model="
+            )
         return models.get(self.model, len(self.class_names))
 
 
@@ -63,14 +65,17 @@ def save(
     average: nn.Module,
     online: nn.Module,
     optimizer: torch.optim.Optimizer,
-    *,
     step: int,
     epoch: int,
     metrics: dict[str, float],
 ) -> None:
     """Write a checkpoint into an empty folder. `step` and `epoch` count what is done."""
-    save_file({name: tensor.contiguous() for name, tensor in average.state_dict().items()}, folder / "model.safetensors")
-    torch.save({"model": online.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, folder / "training.pt")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in average.state_dict().items()}, folder / "model.safetensors"
+    )
+    torch.save(
+        {"model": online.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, folder / "training.pt"
+    )
     content = {
         "format": FORMAT,
         "model": config.model,

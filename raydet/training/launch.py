@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +145,12 @@ def evaluate(
         config = checkpoint.read_config(folder)
         if config.class_names != val_index.class_names:
             raise RaydetError(
-                f"{folder} detects {len(config.class_names)} classes that are not the data's {len(val_index.class_names)}, "
-                "or are in another order"
+                f"{folder} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
+                "of the data, or are in another order"
             )
         say(f"evaluating {folder} on {len(val_index)} images")
         base = make_job(settings, None, val_index, model=checkpoint.load_model(folder, config))
-        job = Job(settings, config, base.model, base.criterion, 0, val_index)
+        job = replace(base, config=config)
     streams = None, val_samples(settings, val_index)
     if debug:
         world = LocalWorld(job, *streams, device=pick_device(device))
@@ -180,7 +180,7 @@ class LocalWorld:
     def __init__(self, job: Job, train_stream: Samples | None, val_stream: Samples, device: torch.device):
         self.device = device
         self._job = job
-        self._folder = job.recipe.run_folder
+        self._folder = job.folder
         self._train, self._val = train_stream, val_stream
 
     def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -229,7 +229,7 @@ class LocalWorld:
             pictures.append(draw_boxes(pixels, boxes, labels, self._job.config.class_names))
         path = self._folder / "images" / "first_batch.png"
         path.parent.mkdir(exist_ok=True)
-        cv2.imwrite(str(path), grid(pictures, columns=4, cell=tuple(batch.images.shape[-2:])))
+        cv2.imwrite(str(path), grid(pictures, columns=4, cell=self._job.config.image_size))
         say(f"first batch drawn: {path}")
 
 
@@ -309,7 +309,7 @@ def _train_worker(given: dict[str, Any]) -> dict[str, float]:
 
     job: Job = ray.get(given["job"])
     world: World = RayWorld(job, given["sources"], given["data_tasks"])
-    return train_loop(job, world, RunLog(job.recipe.run_folder))
+    return train_loop(job, world, RunLog(job.folder))
 
 
 def _evaluation_worker(given: dict[str, Any]) -> dict[str, float]:
@@ -328,7 +328,7 @@ def _on_ray(
 ) -> dict[str, float]:
     """Run a worker function on a Ray Train worker group; return what rank 0 returns."""
     # Ray Train looks at its workers this often; a report of an epoch waits for the next look.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -338,7 +338,7 @@ def _on_ray(
     started = _connect(scale, verbose)
     gpu, cpus = _resources(scale)
     training = streams[0] is not None
-    folder = job.recipe.run_folder
+    folder = job.folder
     with contextlib.ExitStack() as stack:
         if started:
             stack.callback(ray.shutdown)
@@ -361,7 +361,7 @@ def _on_ray(
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(
-                scale.num_workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, "GPU": int(gpu)}
+                num_workers=scale.num_workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, "GPU": int(gpu)}
             ),
             run_config=RunConfig(
                 name=folder.name,
@@ -388,10 +388,11 @@ def _connect(scale: Scale, verbose: bool) -> bool:
 
     if ray.is_initialized():
         return False
-    options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "WARNING"}
+    options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**options)
         return True
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes one's own machine away
     # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
     cpus = os.cpu_count() or 1
     workers = scale.num_workers * (scale.cpus_per_worker or 1)
@@ -411,7 +412,9 @@ def _resources(scale: Scale) -> tuple[bool, int]:
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
     gpu = gpus >= scale.num_workers if scale.gpu is None else scale.gpu
     if gpu and gpus < scale.num_workers:
-        raise RaydetError(f"scale.num_workers is {scale.num_workers}, but there are {gpus} GPUs; or set scale.gpu=false")
+        raise RaydetError(
+            f"scale.num_workers is {scale.num_workers}, but there are {gpus} GPUs; or set scale.gpu=false"
+        )
     spare = max(1, scale.data_tasks or 1)
     each = scale.cpus_per_worker or (1 if gpu else max(1, (cpus - spare) // scale.num_workers))
     if scale.num_workers * each + 1 > cpus:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -75,20 +74,23 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         if epoch % recipe.eval.every == 0 or step == total:
             began = time.monotonic()
             _broadcast_buffers(average.model)
-            found = evaluate(
-                average.model, val_batches(), job.val_index, job.config.preprocessing, recipe.eval, device
-            )
+            found = evaluate(average.model, val_batches(), job.val_index, job.config.preprocessing, recipe.eval, device)
             metrics = {f"val/{name}": value for name, value in found.items()}
             if leader:
                 seconds = time.monotonic() - began
                 log.metrics(step=step, epoch=epoch, **metrics, **{"perf/val_s": seconds})
                 log.say(_validation_line(epoch, metrics, seconds))
 
-        def write(folder: Path, epoch: int = epoch, metrics: dict[str, float] = metrics) -> None:
-            checkpoint.save(
-                folder, job.config, average.model, model, optimizer, step=step, epoch=epoch, metrics=metrics
-            )
-
+        write = partial(
+            checkpoint.save,
+            config=job.config,
+            average=average.model,
+            online=model,
+            optimizer=optimizer,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+        )
         world.report({"step": step, "epoch": epoch, **metrics}, epoch, write)
         meter.pause()
     return metrics

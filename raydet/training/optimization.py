@@ -69,12 +69,10 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, ramp: float, total_steps: int):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay, self._ramp, self._total = decay, ramp, total_steps
-        pairs = zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
-        averaged, counted = [], []
-        for ours, theirs in pairs:
-            (averaged if ours.is_floating_point() else counted).append((ours, theirs.detach()))
-        self._ours, self._theirs = [a for a, _ in averaged], [b for _, b in averaged]
-        self._counters = counted
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._ours = [ours for ours, _ in pairs if ours.is_floating_point()]
+        self._theirs = [theirs for _, theirs in pairs if theirs.is_floating_point()]
+        self._counters = [(ours, theirs) for ours, theirs in pairs if not ours.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

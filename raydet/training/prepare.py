@@ -103,7 +103,8 @@ def make_job(
         licence=licence,
     )
     criterion = loss if loss is not None else _make_loss(recipe, family, len(names))
-    return Job(recipe, config, model, criterion, len(train_index) if train_index is not None else 0, val_index)
+    train_images = len(train_index) if train_index is not None else 0
+    return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 
 
 def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequence[str]) -> Recipe:

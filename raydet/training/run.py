@@ -25,6 +25,7 @@ class Job:
 
     Attributes:
         recipe: the settings.
+        folder: of the run, absolute: workers have another working directory.
         config: what every checkpoint says of the model.
         model: as it begins, on the CPU.
         criterion: the loss.
@@ -33,6 +34,7 @@ class Job:
     """
 
     recipe: Recipe
+    folder: Path
     config: Config
     model: nn.Module
     criterion: nn.Module

@@ -1,0 +1,115 @@
+import pytest
+import yaml
+
+from raydet import recipe
+from raydet.errors import RaydetError
+from raydet.recipe import Recipe, Section, load, shipped
+
+
+def keys(section: type[Section] | Section, prefix: str = "") -> set[str]:
+    found = set()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        found |= keys(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name}
+        assert isinstance(value, Section) or field.description, f"{prefix}{name} has no description"
+    return found
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_valid_and_complete(name):
+    text = shipped()[name].read_text()
+    assert text.startswith("# "), "the first line says what it is"
+    content = yaml.safe_load(text)
+    stated = {
+        f"{section}.{key}" if isinstance(values, dict) else section
+        for section, values in content.items()
+        for key in (values if isinstance(values, dict) else [section])
+    }
+    assert stated == keys(Recipe()) - {"name"}
+    assert load(name).name == name
+
+
+def test_the_issue_s_recipes_are_shipped():
+    assert set(shipped()) >= {"demo", *(f"coco2017_yolox_{size}" for size in "ntsmlx")}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.epochs=3", "epochs", 3),
+        ("train.lr=1e-3", "lr", 0.001),
+        ("train.lr=0.5", "lr", 0.5),
+        ("train.precision=bf16", "precision", "bf16"),
+    ],
+)
+def test_overrides(override, key, value):
+    assert getattr(load("demo", [override]).train, key) == value
+
+
+@pytest.mark.parametrize("value", ["320", "[320, 320]"])
+def test_image_size_is_one_number_or_two(value):
+    assert load("demo", [f"data.image_size={value}"]).data.image_size == (320, 320)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "train.epoch: no such setting; did you mean train.epochs?"),
+        ("epochs=3", "epochs: no such setting; did you mean train.epochs?"),
+        ("trian.epochs=3", "trian: no such setting; did you mean train?"),
+        ("seed.x=3", "seed is a value, not a section"),
+        ("train.epochs=many", "train.epochs: Input should be a valid integer"),
+        ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, not 0"),
+        ("train.lr=.nan", "train.lr: Input should be a finite number"),
+        ("data.image_size=100", "data.image_size: Value error, each side must be a positive multiple of 32, not 100"),
+        ("loss.name=Nothing", "loss.name: Input should be 'YoloXFastDetectionLoss' or 'YoloXDetectionLoss'"),
+        ("train.epochs", "write section.key=value"),
+        ("train.epochs=[", "not YAML"),
+    ],
+)
+def test_wrong_overrides_are_refused_by_name(override, message):
+    with pytest.raises(RaydetError) as error:
+        load("demo", [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: [", "is not YAML"),
+        ("- 1", "holds no settings"),
+        ("", "holds no settings"),
+        ("x: 1", "x: no such setting"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(RaydetError, match=message):
+        load(path)
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(RaydetError, match="did you mean coco2017_yolox_s"):
+        load("coco_yolox_s")
+
+
+def test_description_is_a_recipe_that_loads(tmp_path):
+    mine = load("demo", ["train.epochs=7", "model.weights='a b.pth'", "data.image_size=[64, 96]"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.describe(mine))
+    assert load(path) == mine
+    for key in keys(mine):
+        assert f"{key.split('.')[-1]}: " in path.read_text()
+
+
+def test_an_own_file_gets_defaults_and_its_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {epochs: 2}")
+    mine = load(tmp_path / "mine.yaml")
+    assert (mine.name, mine.train.epochs, mine.train.lr) == ("mine", 2, Recipe().train.lr)
+
+
+def test_differences_leave_out_what_does_not_change_the_result():
+    ours = load("demo", ["train.epochs=7", "scale.num_workers=8", "data.root=/x", "track.log_every=1", "storage=/y"])
+    assert recipe.differences(ours, load("demo")) == ["train.epochs: 30 there, 7 here"]
