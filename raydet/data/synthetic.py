@@ -1,6 +1,6 @@
 """A data set made of nothing: shapes in COCO format, to try raydet on without downloading anything.
 
-Six classes differ in shape and texture, never in colour; objects span a factor of 8 in size, overlap, are cut by the
+Five classes differ in shape and texture, never in colour; objects span a factor of 8 in size, overlap, are cut by the
 edge, and stand among clutter; some pictures have none. The same seed gives the same files.
 
     python -m raydet.data.synthetic data/shapes
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-CLASSES = ("disc", "ring", "square", "triangle", "cross", "star")
+CLASSES = ("disc", "ring", "square", "triangle", "cross")
 SIZES = ((192, 192), (192, 144), (144, 192))  # width, height in pixels
 SMALLEST, LARGEST = 16, 128  # side of an object in pixels
 EMPTY = 0.06  # share of pictures without objects
@@ -74,7 +74,7 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(2, 12))
     for _ in range(wanted):
         label = int(rng.integers(len(CLASSES)))
-        window, inside, colours = _shape(rng, label, width, height)
+        window, inside, colours = _shape(rng, label, image)
         box = _bounds(inside, window)
         if box is None or min(box[2:]) < SMALLEST / 2 or _hides_another(inside, owner[window], owner, drawn):
             continue
@@ -85,8 +85,9 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
     return image, [(label, box, float((owner == i).sum())) for i, (label, box, _) in enumerate(drawn)]
 
 
-def _shape(rng: np.random.Generator, label: int, width: int, height: int) -> tuple[tuple[slice, slice], Array, Array]:
+def _shape(rng: np.random.Generator, label: int, image: Array) -> tuple[tuple[slice, slice], Array, Array]:
     """Return a window of the picture, where in it the object is, bool [h, w], and its colours, float [h, w, 3]."""
+    height, width = image.shape[:2]
     side = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
     angle, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
     x0, y0 = rng.uniform(0, width), rng.uniform(0, height)
@@ -94,16 +95,15 @@ def _shape(rng: np.random.Generator, label: int, width: int, height: int) -> tup
     y, x = np.mgrid[:height, :width][:, window[0], window[1]]
     dx, dy = (x - x0) * 2 / side / stretch, (y - y0) * 2 / side * stretch
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-    radius, turn = np.hypot(u, v), np.arctan2(v, u)
+    radius = np.hypot(u, v)
     a, b = np.abs(u), np.abs(v)
     name = CLASSES[label]
     pattern = {  # 0 … 1 between two colours
         "disc": np.sin(radius * 10) > 0,
-        "ring": np.sin(turn * 6) > 0,
+        "ring": u * 0.5 + 0.5,
         "square": (np.floor(u * 2) + np.floor(v * 2)) % 2,
         "triangle": np.sin(u * 12) > 0,
-        "cross": (np.sin(u * 14) > 0.3) & (np.sin(v * 14) > 0.3),
-        "star": u * 0.5 + 0.5,
+        "cross": np.zeros_like(u),
     }[name]
     inside = {
         "disc": radius < 1,
@@ -111,9 +111,8 @@ def _shape(rng: np.random.Generator, label: int, width: int, height: int) -> tup
         "square": np.maximum(a, b) < 0.85,
         "triangle": (v > -0.7) & (v < 0.9) & (a < (0.9 - v) * 0.6),
         "cross": (np.minimum(a, b) < 0.28) & (np.maximum(a, b) < 1),
-        "star": radius < 0.68 + 0.32 * np.cos(5 * turn),
     }[name]
-    first, second = _two_colours(rng)
+    first, second = _two_colours(rng, behind=image[window].mean((0, 1)))
     share = np.clip(pattern, 0, 1)[..., None]
     return (window[0], window[1]), inside, first * share + second * (1 - share)
 
@@ -136,10 +135,11 @@ def _clutter(rng: np.random.Generator, image: Array) -> None:
             cv2.ellipse(image, points[0], axes, rng.uniform(0, 360), 0, rng.uniform(60, 200), colour, 2, cv2.LINE_AA)
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[Array, Array]:
+def _two_colours(rng: np.random.Generator, behind: Array) -> tuple[Array, Array]:
+    """Return two colours that differ from each other and from what is behind."""
     while True:
         first, second = rng.uniform(0, 255, (2, 3))
-        if np.abs(first - second).sum() > 220:
+        if min(np.abs(first - second).sum(), *(np.abs(c - behind).sum() for c in (first, second))) > 160:
             return first, second
 
 
@@ -152,9 +152,9 @@ def _bounds(inside: Array, window: tuple[slice, slice]) -> tuple[int, int, int, 
 
 
 def _hides_another(inside: Array, below: Array, owner: Array, drawn: list[Any]) -> bool:
-    """Would less than 60 % of an object that is already there remain to be seen?"""
+    """Would less than 80 % of an object that is already there remain to be seen?"""
     return any(
-        (owner == i).sum() - ((below == i) & inside).sum() < 0.6 * drawn[i][2]
+        (owner == i).sum() - ((below == i) & inside).sum() < 0.8 * drawn[i][2]
         for i in np.unique(below[inside])
         if i >= 0
     )

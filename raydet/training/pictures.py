@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -13,7 +15,7 @@ from raydet.recipe import load as load_recipe
 from raydet.training.prepare import load_index
 from raydet.visualization import draw_boxes, grid
 
-SHOWN, SHOWN_SCORE = 6, 0.3
+SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
 
 
 def draw_validation(folder: Path, index: Index | None = None) -> Path:
@@ -27,13 +29,15 @@ def draw_validation(folder: Path, index: Index | None = None) -> Path:
     for number in range(min(SHOWN, len(index))):
         row = number * len(index) // SHOWN
         image = imread(index.path(row))
+        scale = min(CELL / side for side in image.shape[:2])
+        shown: Any = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         truth = index.annotations(row)
         found = predictor.predict([image], SHOWN_SCORE)[0]
         pictures += [
-            draw_boxes(image, truth.boxes, truth.labels.tolist(), index.class_names),
-            predictor.draw(image, found),
+            draw_boxes(shown, truth.boxes * scale, truth.labels.tolist(), index.class_names),
+            predictor.draw(shown, replace(found, boxes=found.boxes * scale)),
         ]
     path = folder / "images" / "validation.jpg"
     path.parent.mkdir(exist_ok=True)
-    cv2.imwrite(str(path), grid(pictures, columns=4, cell=(320, 320)))
+    cv2.imwrite(str(path), grid(pictures, columns=4, cell=(CELL, CELL)))
     return path
