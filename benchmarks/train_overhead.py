@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import raydet
@@ -44,8 +46,9 @@ def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) ->
     size = recipe.train.batch_size // workers
     stop = BATCHES_IN_MEMORY * size
     batches = list(local_train_batches(train_samples(recipe, index), 0, stop, size))
-    network = DistributedDataParallel(job.model.train())
-    optimizer = make_optimizer(job.model, recipe.train)
+    model: nn.Module = job.model.to(memory_format=torch.channels_last)
+    network = DistributedDataParallel(model.train())
+    optimizer = make_optimizer(model, recipe.train)
     began = 0.0
     for step in range(steps + 3):
         if step == 3:
@@ -63,11 +66,11 @@ def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) ->
 
 def bare(recipe: Recipe, steps: int) -> float:
     """Return the bare loop's images/s over all processes."""
-    with mp.Manager() as manager:
+    with multiprocessing.Manager() as manager:
         results = manager.dict()
         port = 20000 + os.getpid() % 10000
         arguments = (recipe, steps, port, results)
-        mp.spawn(bare_loop, arguments, nprocs=recipe.scale.num_workers)  # type: ignore[no-untyped-call]
+        spawn(bare_loop, arguments, nprocs=recipe.scale.num_workers)  # type: ignore[no-untyped-call]
         return float(sum(results.values()))
 
 

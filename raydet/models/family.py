@@ -52,8 +52,8 @@ class Preprocessing:
     std: tuple[float, float, float]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] → float32, on the images' device."""
-        pixels = images.float()
+        """uint8 [B, 3, H, W] → float32 in channels-last memory, the faster one for convolutions, on the same device."""
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
         if any(self.mean) or self.std != (1.0, 1.0, 1.0):
             mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
             pixels = (pixels - mean) / std

@@ -25,7 +25,8 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     device, leader = world.device, world.rank == 0
     total = job.total_steps
 
-    model, criterion = job.model.to(device), job.criterion.to(device)
+    model: nn.Module = job.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    criterion = job.criterion.to(device)
     optimizer = make_optimizer(model, settings)
     schedule = Schedule.of(settings, total)
     average = EMA(model, settings.ema_decay, settings.ema_ramp, total)
@@ -98,7 +99,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
 
 def evaluation_loop(job: Job, world: World) -> dict[str, float]:
     """Evaluate the job's model on its validation images; return the metrics on rank 0."""
-    model = job.model.to(world.device).eval()
+    model: nn.Module = job.model.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = world.val_batches()()
     return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device)
 
