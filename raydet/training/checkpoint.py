@@ -69,7 +69,7 @@ def save(
     epoch: int,
     metrics: dict[str, float],
 ) -> None:
-    """Write a checkpoint into an empty folder. `step` and `epoch` count what is done."""
+    """Write a checkpoint into an empty folder. `step` and `epoch` count what is done; `metrics` are of these weights."""
     save_file(
         {name: tensor.contiguous() for name, tensor in average.state_dict().items()}, folder / "model.safetensors"
     )
@@ -100,13 +100,14 @@ def save(
 
 def restore(
     folder: Path, average: nn.Module, online: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> int:
-    """Load a checkpoint for going on with its training; return its step."""
+) -> tuple[int, dict[str, float]]:
+    """Load a checkpoint for going on with its training; return its step and its metrics, none if not validated."""
     average.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     state = torch.load(folder / "training.pt", map_location=device, weights_only=True)
     online.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    metrics: dict[str, float] = read_json(folder / "config.json")["metrics"]
+    return int(state["step"]), metrics
 
 
 def read_config(folder: Path) -> Config:

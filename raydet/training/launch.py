@@ -301,6 +301,8 @@ class RayWorld:
             if self.rank == 0:
                 write(Path(folder))
                 kept = ray.train.Checkpoint.from_directory(folder)
+            # Ray asks every checkpoint for its score; -1 is COCO's way to say that nothing was measured.
+            metrics = {f"val/{MAIN_METRIC}": -1.0, **metrics}
             ray.train.report(metrics, checkpoint=kept, checkpoint_dir_name=_checkpoint_name(epoch))
 
 

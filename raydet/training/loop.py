@@ -30,10 +30,10 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     optimizer = make_optimizer(model, settings)
     schedule = Schedule.of(settings, total)
     average = EMA(model, settings.ema_decay, settings.ema_ramp, total)
-    step = 0
+    step, metrics = 0, {}
     with world.checkpoint() as folder:
         if folder is not None:
-            step = checkpoint.restore(folder, average.model, model, optimizer, device)
+            step, metrics = checkpoint.restore(folder, average.model, model, optimizer, device)
     if leader:
         log.resume(step)
         for line in _opening(job, world, schedule, step):
@@ -44,7 +44,6 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
 
     val_batches = world.val_batches()
     meter = Meter(criterion, job, step)
-    metrics: dict[str, float] = {}
     model.train()
     for batch in meter.waiting(world.train_batches(step * settings.batch_size, total * settings.batch_size)):
         # Whatever a model draws at random is a function of (seed, step, rank), so that a restart repeats it.
@@ -72,6 +71,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         if not ends_epoch:
             continue
 
+        metrics = {}
         if epoch % recipe.eval.every == 0 or step == total:
             began = time.monotonic()
             _broadcast_buffers(average.model)

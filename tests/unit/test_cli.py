@@ -1,0 +1,97 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import cv2
+import pytest
+
+from raydet.recipe import shipped
+
+
+def raydet(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "raydet.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory):
+    """A debug run made by the command, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    options = [f"data.root={shapes}", f"storage={folder}/runs", "data.image_size=96", "train.epochs=1"]
+    done = raydet("train", "demo", *options, "--debug", "--device", "cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "demo-debug", done.stdout
+
+
+def test_help_names_every_command_and_imports_nothing_slow():
+    imported = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "raydet.cli", "--help"], capture_output=True, text=True, check=False
+    )
+    assert imported.returncode == 0
+    for command in ("train", "evaluate", "predict", "recipes"):
+        assert command in imported.stdout
+    modules = {line.rpartition("|")[2].strip() for line in imported.stderr.splitlines()}
+    assert "raydet.cli" in modules or "raydet" in modules
+    assert not modules & {"torch", "ray", "cv2", "pyarrow", "pydantic"}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "recipes"])
+def test_each_command_s_help_has_an_example(command):
+    assert "Example: raydet " in raydet(command, "--help").stdout
+
+
+def test_recipes_lists_all_and_prints_one(tmp_path):
+    listed = raydet("recipes").stdout
+    assert [line.split()[0] for line in listed.splitlines()] == list(shipped())
+    printed = raydet("recipes", "demo", "train.epochs=7").stdout
+    assert "\n  # passes over the training images\n  epochs: 7\n" in printed
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert raydet("recipes", tmp_path / "mine.yaml").stdout == printed
+
+
+def test_training_ends_with_a_table_the_folder_and_what_comes_next(run):
+    folder, printed = run
+    for part in ("mAP@0.50:0.95", f"run folder: {folder}", "best checkpoint: ", f"next: raydet predict {folder}"):
+        assert part in printed, part
+    sheet = cv2.imread(str(folder / "images" / "validation.jpg"))
+    assert sheet is not None
+    assert sheet.std() > 10
+
+
+def test_predict_writes_pictures_and_coco_results(run, shapes, tmp_path):
+    folder, _ = run
+    done = raydet("predict", folder, shapes / "val", "--out", tmp_path / "out", "--score", "0", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 24
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "file_name"}
+    assert all(int(entry["file_name"].removesuffix(".jpg")) == entry["image_id"] for entry in results)
+    assert {entry["category_id"] for entry in results} <= {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo", "train.epoch=3"], "train.epoch: no such setting; did you mean train.epochs?"),
+        (["train", "dmeo"], "did you mean demo?"),
+        (["train", "demo", "data.root=/nowhere"], "data.root: /nowhere is not a folder"),
+        (["train", "demo", "data.root={shapes}", "data.val_annotations=list.json"], "is not a COCO annotation file"),
+        (["train", "demo", "data.root={shapes}", "model.num_classes=80"], "but the data has 5 classes"),
+        (["train", "demo", "data.root={shapes}", "--device", "cpu"], "--device goes with --debug"),
+        (["evaluate", "/nowhere"], "/nowhere"),
+        (["predict", "/nowhere", "{shapes}/val"], "/nowhere"),
+        (["recipes", "coco2017_yolox_q"], "did you mean coco2017_yolox_"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(shapes, arguments, message, tmp_path):
+    (shapes / "list.json").write_text("[1, 2]")
+    done = raydet(*(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"

@@ -1,0 +1,199 @@
+"""Training and evaluation in this process, without Ray: what `--debug` runs."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import raydet
+from raydet.data.coco import load_coco
+from raydet.errors import RaydetError
+from raydet.losses import YoloXFastDetectionLoss
+from raydet.models import get
+from raydet.training import launch
+from raydet.training.launch import LocalWorld
+
+
+def train(demo, *overrides, **arguments):
+    said = []
+    result = raydet.train("demo", overrides=[*demo, *overrides], debug=True, device="cpu", say=said.append, **arguments)
+    return result, said
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def debug_run(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("debug")
+    options = [f"data.root={shapes}", f"storage={folder}", "data.image_size=96", "train.lr=0.01"]
+    return train(options)
+
+
+def test_debug_run_leaves_what_a_run_leaves(debug_run):
+    result, _ = debug_run
+    folder = result.folder
+    assert folder.name == "demo-debug"
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log.txt", "summary.json"):
+        assert (folder / name).is_file(), name
+    assert sorted(path.name for path in result.checkpoint.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "training.pt",
+    ]
+    assert not list(folder.glob(".partial*"))
+    assert set(result.metrics) >= {"val/mAP@0.50:0.95", "val/mAP@0.50", "val/mAP@0.75", "val/AP@0.50:0.95_disc"}
+
+
+def test_debug_shows_shapes_and_draws_the_first_batch(debug_run):
+    result, said = debug_run
+    assert any(line.startswith("images 8x3x96x96  targets ") and "outputs [8x1x12x12x10, " in line for line in said)
+    picture = cv2.imread(str(result.folder / "images" / "first_batch.png"))
+    assert picture.shape == (2 * 96, 4 * 96, 3)
+    assert picture.std() > 10
+
+
+def test_progress_says_what_a_user_looks_for(debug_run):
+    _, said = debug_run
+    line = next(line for line in said if "step 10/10" in line)
+    for part in ("epoch 2.00/2", "loss ", "iou ", "obj ", "cls ", "lr ", "images/s", "waiting for data", "ETA 0:00"):
+        assert part in line, part
+    assert any(line.startswith("the warm-up of 1 epochs is too long for this run: shortened to ") for line in said)
+
+
+def test_metrics_are_named_as_designed_and_the_loss_falls(debug_run):
+    lines = metrics_of(debug_run[0].folder)
+    steps = [line for line in lines if "train/loss" in line]
+    assert set(steps[0]) >= {
+        "step",
+        "epoch",
+        "train/loss",
+        "train/YoloXFastDetectionLoss/iou",
+        "train/YoloXFastDetectionLoss/obj",
+        "train/YoloXFastDetectionLoss/cls",
+        "train/lr",
+        "perf/images_per_s",
+        "perf/data_wait",
+    }
+    assert all(isinstance(value, int | float) for line in lines for value in line.values())
+    losses = [line["train/loss"] for line in steps]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(demo, monkeypatch):
+    whole, _ = train(demo, "name=whole")
+
+    class KilledError(Exception):
+        pass
+
+    report = LocalWorld.report
+
+    def report_then_die(self, metrics, epoch, write):
+        report(self, metrics, epoch, write)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWorld, "report", report_then_die)
+        with pytest.raises(KilledError):
+            train(demo, "name=resumed")
+    resumed, said = train(demo, "name=resumed")
+    assert "resumed after step 5" in said
+    ours, theirs = weights(whole.checkpoint), weights(resumed.checkpoint)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [line["step"] for line in metrics_of(resumed.folder)] == [line["step"] for line in metrics_of(whole.folder)]
+
+
+def test_one_s_own_model_loss_and_data(demo, shapes):
+    class Doubled(nn.Module):
+        """A loss of the user's own."""
+
+        component_names = ("box", "all")
+
+        def __init__(self):
+            super().__init__()
+            self.inner = YoloXFastDetectionLoss(num_classes=5)
+
+        def forward(self, outputs, targets):
+            loss, _ = self.inner(outputs, targets)
+            return 2 * loss, torch.stack((loss, 2 * loss)).detach()
+
+    index = load_coco(shapes / "annotations/instances_val.json", shapes / "val")
+    model = get("yolox_n", 5)
+    result, said = train(
+        [o for o in demo if not o.startswith("data.root")],
+        "train.epochs=1",
+        model=model,
+        loss=Doubled(),
+        train_data=index,
+        val_data=index.head(8),
+    )
+    assert any("24 training and 8 validation images" in line for line in said)
+    lines = [line for line in metrics_of(result.folder) if "train/loss" in line]
+    assert all(line["train/loss"] == pytest.approx(2 * line["train/Doubled/box"]) for line in lines)
+    with pytest.raises(RaydetError, match="a model that raydet does not know: build it"):
+        raydet.load(result.folder)
+
+
+def test_a_finished_debug_run_starts_over_but_an_own_name_can_be_kept(demo):
+    first, _ = train(demo, "train.epochs=1")
+    second, said = train(demo, "train.epochs=1")
+    assert second.folder == first.folder
+    assert not second.finished_before
+    assert any("step 5/5" in line for line in said)
+
+
+def test_another_recipe_under_the_same_name_is_refused(demo):
+    train(demo, "train.epochs=1")
+    (launch.load_recipe("demo", demo).run_folder.parent / "demo-debug" / "summary.json").unlink()
+    with pytest.raises(RaydetError, match=r"a run with other settings \(train\.lr: 0\.\d+ there, 0\.5 here\)"):
+        train(demo, "train.epochs=1", "train.lr=0.5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.root=/nowhere"], "data.root: /nowhere is not a folder; pass data.root=FOLDER"),
+        (["data.val_images=none"], "none: no such folder of images"),
+        (["model.num_classes=3"], "model.num_classes is 3, but the data has 5 classes"),
+        (["model.name=yolox_q"], "no model is named 'yolox_q'"),
+        (["model.weights=coco"], "licence"),
+        (["scale.num_workers=3"], "train.batch_size 8 cannot be shared by scale.num_workers 3 equally"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(demo, overrides, message):
+    with pytest.raises(RaydetError) as error:
+        train(demo, *overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluating_a_run_gives_what_its_training_found(debug_run):
+    result, _ = debug_run
+    found = raydet.evaluate(result.folder, debug=True, device="cpu", say=lambda text: None)
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+
+
+def test_a_weights_file_needs_a_recipe(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(RaydetError, match="add --recipe, such as --recipe coco2017_yolox_s"):
+        raydet.evaluate(tmp_path / "weights.pth")
+
+
+def test_evaluating_on_other_classes_is_refused(debug_run, shapes, tmp_path):
+    result, _ = debug_run
+    content = json.loads((shapes / "annotations/instances_val.json").read_text())
+    content["categories"][0]["name"] = "dot"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(RaydetError, match="detects 5 classes that are not the 5 of the data"):
+        raydet.evaluate(
+            result.folder, overrides=[f"data.val_annotations={tmp_path}/other.json"], debug=True, say=lambda text: None
+        )

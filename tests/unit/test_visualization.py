@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from raydet.visualization import class_colour, draw_boxes, grid
+
+
+def test_classes_have_colours_of_their_own():
+    colours = [class_colour(label) for label in range(80)]
+    assert len(set(colours)) == 80
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(10, 10, 30, 40), (0, 0, 50, 60), (-20, -10, 20, 20), (40, 50, 90, 90), (45.4, 2.6, 49.9, 59.1)],
+    ids=["inside", "whole", "beyond the left", "beyond the right", "fractions"],
+)
+def test_boxes_are_drawn_on_a_copy(box):
+    image = np.full((60, 50, 3), 90, np.uint8)
+    drawn = draw_boxes(image, np.array([box]), [1], ("cat", "dog"), [0.5])
+    assert (image == 90).all()
+    assert drawn.shape == image.shape
+    assert (drawn == class_colour(1)).all(-1).any()
+
+
+def test_no_boxes_leave_the_picture_as_it_is():
+    image = np.full((60, 50, 3), 90, np.uint8)
+    assert (draw_boxes(image, np.empty((0, 4)), [], ("cat",)) == image).all()
+
+
+def test_the_best_lies_on_top():
+    image = np.zeros((100, 100, 3), np.uint8)
+    boxes = np.array([[20, 20, 80, 80], [20, 20, 80, 80]])
+    drawn = draw_boxes(image, boxes, [0, 1], ("a", "b"))
+    assert tuple(drawn[80, 50]) == class_colour(0)
+
+
+def test_grid_fits_each_picture_into_its_cell():
+    pictures = [np.full(shape, value, np.uint8) for shape, value in (((40, 20, 3), 10), ((10, 80, 3), 20))] * 2
+    sheet = grid(pictures, columns=3, cell=(30, 40))
+    assert sheet.shape == (60, 120, 3)
+    assert {10, 20} < set(np.unique(sheet).tolist())
+    assert (sheet[:30, 80:120] == 10).any()
+    assert (sheet[30:, 40:] == 255).all(), "cells that are left stay white"
