@@ -99,15 +99,15 @@ def _shape(rng: np.random.Generator, label: int, image: Array) -> tuple[tuple[sl
     a, b = np.abs(u), np.abs(v)
     name = CLASSES[label]
     pattern = {  # 0 … 1 between two colours
-        "disc": np.sin(radius * 10) > 0,
-        "ring": u * 0.5 + 0.5,
+        "disc": u * 0.5 + 0.5,
+        "ring": radius > 0.5,
         "square": (np.floor(u * 2) + np.floor(v * 2)) % 2,
         "triangle": np.sin(u * 12) > 0,
         "cross": np.zeros_like(u),
     }[name]
     inside = {
         "disc": radius < 1,
-        "ring": (radius < 1) & (radius > 0.5),
+        "ring": radius < 1,
         "square": np.maximum(a, b) < 0.85,
         "triangle": (v > -0.7) & (v < 0.9) & (a < (0.9 - v) * 0.6),
         "cross": (np.minimum(a, b) < 0.28) & (np.maximum(a, b) < 1),

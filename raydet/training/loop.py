@@ -38,7 +38,9 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         log.resume(step)
         for line in _opening(job, world, schedule, step):
             log.say(line)
-    network = DistributedDataParallel(model) if world.size > 1 else model
+    # Each rank's norms follow its own batches; `_broadcast_buffers` makes them one before they are used.
+    parallel = partial(DistributedDataParallel, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = parallel(model) if world.size > 1 else model
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     torch.backends.cudnn.benchmark = True
 
