@@ -88,8 +88,8 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
 def _shape(rng: np.random.Generator, label: int, image: Array) -> tuple[tuple[slice, slice], Array, Array]:
     """Return a window of the picture, where in it the object is, bool [h, w], and its colours, float [h, w, 3]."""
     height, width = image.shape[:2]
-    side = SMALLEST * (LARGEST / SMALLEST) ** rng.random()
-    angle, stretch = rng.uniform(-0.5, 0.5), rng.uniform(0.85, 1.18)
+    side = SMALLEST * (LARGEST / SMALLEST) ** rng.random() ** 0.45
+    angle, stretch = rng.uniform(-0.3, 0.3), rng.uniform(0.85, 1.18)
     x0, y0 = rng.uniform(0, width), rng.uniform(0, height)
     window = tuple(slice(max(0, int(at - side)), int(at + side) + 1) for at in (y0, x0))
     y, x = np.mgrid[:height, :width][:, window[0], window[1]]
