@@ -25,6 +25,6 @@ def user_error(error: BaseException | None) -> RaydetError | None:
         seen.add(id(current))
         if isinstance(current, RaydetError):
             return current
-        inner = getattr(current, "worker_failures", {})
-        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None), *inner.values()]
+        waiting += [current.__cause__, current.__context__, *getattr(current, "worker_failures", {}).values()]
+        waiting += [getattr(current, name, None) for name in ("cause", "controller_failure")]
     return None

@@ -69,7 +69,7 @@ def save(
     epoch: int,
     metrics: dict[str, float],
 ) -> None:
-    """Write a checkpoint into an empty folder. `step` and `epoch` count what is done; `metrics` are of these weights."""
+    """Write a checkpoint into an empty folder; `step` and `epoch` count what is done, `metrics` are its weights'."""
     save_file(
         {name: tensor.contiguous() for name, tensor in average.state_dict().items()}, folder / "model.safetensors"
     )

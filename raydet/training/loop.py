@@ -30,7 +30,8 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     optimizer = make_optimizer(model, settings)
     schedule = Schedule.of(settings, total)
     average = EMA(model, settings.ema_decay, settings.ema_ramp, total)
-    step, metrics = 0, {}
+    step = 0
+    metrics: dict[str, float] = {}
     with world.checkpoint() as folder:
         if folder is not None:
             step, metrics = checkpoint.restore(folder, average.model, model, optimizer, device)

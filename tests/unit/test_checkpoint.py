@@ -74,7 +74,7 @@ def test_a_run_s_best_checkpoint_is_found_by_its_map(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(RaydetError, match="neither a checkpoint .* nor a run"):
+    with pytest.raises(RaydetError, match=r"neither a checkpoint .* nor a run"):
         checkpoint.find(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RaydetError, match=r"config\.json is not JSON"):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_schedule_is_a_ramp_a_half_cosine_and_a_plateau():
     assert rates[20] == pytest.approx(0.1)
     assert rates[45] == pytest.approx((0.1 + 0.005) / 2), "half-way down the cosine"
     assert rates[70:] == pytest.approx([0.005] * 30)
-    assert all(earlier >= later for earlier, later in zip(rates[20:], rates[21:], strict=False))
+    assert all(earlier >= later for earlier, later in pairwise(rates[20:]))
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
