@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,7 @@ def train(
 
     Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
     """
+    from raydet.recipe import load
     from raydet.training.launch import train as run
 
     if device is not None and not debug:
@@ -67,8 +69,9 @@ def train(
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
-    _say(f"next: raydet predict {result.folder} IMAGE_OR_FOLDER")
-    _say(f"      raydet evaluate {result.folder}")
+    data = load(result.folder / "recipe.yaml").data
+    program = "raydet" if shutil.which("raydet") else sys.argv[0]
+    _say(f"next: {program} predict {result.folder} {Path(data.root) / data.val_images}")
 
 
 @app.command()

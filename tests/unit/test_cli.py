@@ -52,9 +52,9 @@ def test_recipes_lists_all_and_prints_one(tmp_path):
     assert raydet("recipes", tmp_path / "mine.yaml").stdout == printed
 
 
-def test_training_ends_with_a_table_the_folder_and_what_comes_next(run):
+def test_training_ends_with_a_table_the_folder_and_what_comes_next(run, shapes):
     folder, printed = run
-    for part in ("mAP@0.50:0.95", f"run folder: {folder}", "best checkpoint: ", f"next: raydet predict {folder}"):
+    for part in ("mAP@0.50:0.95", f"run folder: {folder}", "best checkpoint: ", f" predict {folder} {shapes}/val"):
         assert part in printed, part
     sheet = cv2.imread(str(folder / "images" / "validation.jpg"))
     assert sheet is not None
