@@ -206,12 +206,6 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """Return the recipe as YAML, complete."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
-    return text
-
-
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """Return a line for each setting in which two recipes differ, but for those that do not change the result."""
     mine, other = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))

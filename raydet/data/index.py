@@ -6,7 +6,6 @@ image id, so that a row means the same image on every host.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,10 +92,6 @@ class Index:
         # Rebuilt, not sliced: a sliced list column keeps the offsets and the values of the whole.
         table = self.table.slice(0, count).take(np.arange(min(count, len(self))))
         return Index(table, self.root, self.class_names, self.category_ids)
-
-    def digest(self) -> dict[str, Any]:
-        """Return what tells one data set from another, as numbers and names that go into JSON."""
-        return {"images": len(self), "boxes": self.num_boxes, "classes": json.dumps(self.class_names)}
 
 
 def make_index(
