@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from raydet.data.transforms import fit_scale
 from raydet.metrics import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.recipe import Eval
+
+PROGRESS_EVERY_S = 10.0
 
 
 def post_prediction(model: Any, thresholds: Eval) -> Callable[[Any], list[Tensor]]:
@@ -37,6 +40,7 @@ def evaluate(
     preprocessing: Preprocessing,
     thresholds: Eval,
     device: torch.device,
+    say: Callable[[str], Any],
 ) -> dict[str, float]:
     """Detect in this rank's images and measure over all ranks.
 
@@ -47,12 +51,16 @@ def evaluate(
         preprocessing: from pixels to the model's input.
         thresholds: what counts as a detection.
         device: of the model.
+        say: takes a line of progress now and then.
 
     Returns:
         The metrics by name on rank 0, nothing on the others.
     """
     callback = post_prediction(model, thresholds)
     evaluation = CocoEvaluation(index)
+    ranks = dist.get_world_size() if _distributed() else 1
+    done, began = 0, time.monotonic()
+    due = began + PROGRESS_EVERY_S
     for batch in batches:
         images = preprocessing(batch.images.to(device, non_blocking=True))
         height, width = images.shape[-2:]
@@ -62,6 +70,10 @@ def evaluate(
             found[:, :4] /= fit_scale(*index.size(row), (height, width))
             detections.append(found.cpu().numpy())
         evaluation.update(rows, detections)
+        done = min(done + ranks * len(rows), len(index))
+        if (now := time.monotonic()) > due:
+            say(f"validated {done} of {len(index)} images, {done / (now - began):.1f} images/s")
+            due = now + PROGRESS_EVERY_S
     shards = _gather(evaluation.to_bytes())
     if shards is None:
         return {}
@@ -69,9 +81,13 @@ def evaluate(
     return evaluation.compute()
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _gather(shard: bytes) -> list[bytes] | None:
     """Return every rank's bytes on rank 0, None elsewhere."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _distributed():
         return [shard]
     shards: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(shard, shards)

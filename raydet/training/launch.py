@@ -137,25 +137,29 @@ def evaluate(
     path = Path(path).expanduser()
     settings = load_evaluated(path, recipe, overrides)
     val_index = load_index(settings.data, "val")
+    source = checkpoint.find(path) if path.is_dir() else path
+    say(f"evaluating {source} on {len(val_index)} images")
     if not path.is_dir():
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": str(path)})})
         job = make_job(settings, None, val_index)
     else:
-        folder = checkpoint.find(path)
-        config = checkpoint.read_config(folder)
+        config = checkpoint.read_config(source)
         if config.class_names != val_index.class_names:
             raise RaydetError(
-                f"{folder} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
+                f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
                 "of the data, or are in another order"
             )
-        say(f"evaluating {folder} on {len(val_index)} images")
-        base = make_job(settings, None, val_index, model=checkpoint.load_model(folder, config))
+        base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config))
         job = replace(base, config=config)
     streams = None, val_samples(settings, val_index)
-    if debug:
-        world = LocalWorld(job, *streams, device=pick_device(device))
-        return evaluation_loop(job, world)
-    return _on_ray(_evaluation_worker, job, streams, verbose, say)
+    storage = settings.run_folder.parent
+    storage.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
+        job = replace(job, folder=Path(scratch))
+        if debug:
+            world = LocalWorld(job, *streams, device=pick_device(device))
+            return evaluation_loop(job, world, RunLog(job.folder, echo=say))
+        return _on_ray(_evaluation_worker, job, streams, verbose, say)
 
 
 def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:
@@ -318,7 +322,7 @@ def _evaluation_worker(given: dict[str, Any]) -> dict[str, float]:
     import ray
 
     job: Job = ray.get(given["job"])
-    return evaluation_loop(job, RayWorld(job, given["sources"], given["data_tasks"]))
+    return evaluation_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), RunLog(job.folder))
 
 
 def _on_ray(
@@ -339,8 +343,7 @@ def _on_ray(
     scale = job.recipe.scale
     started = _connect(scale, verbose)
     gpu, cpus = _resources(scale)
-    training = streams[0] is not None
-    folder = job.folder
+    say(f"starting {scale.num_workers} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
     with contextlib.ExitStack() as stack:
         if started:
             stack.callback(ray.shutdown)
@@ -353,10 +356,7 @@ def _on_ray(
             },
             "data_tasks": scale.data_tasks,
         }
-        if training:
-            stack.enter_context(_relay(folder / "log.txt", say))
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "evaluation"
+        stack.enter_context(_relay(job.folder / "log.txt", say))
         trainer = TorchTrainer(
             worker,
             train_loop_config=given,
@@ -366,8 +366,8 @@ def _on_ray(
                 num_workers=scale.num_workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, "GPU": int(gpu)}
             ),
             run_config=RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
+                name=job.folder.name,
+                storage_path=str(job.folder.parent),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=job.recipe.track.keep_checkpoints,

@@ -78,7 +78,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         if epoch % recipe.eval.every == 0 or step == total:
             began = time.monotonic()
             _broadcast_buffers(average.model)
-            found = evaluate(average.model, val_batches(), job.val_index, job.config.preprocessing, recipe.eval, device)
+            found = _validate(average.model, val_batches(), job, world, log)
             metrics = {f"val/{name}": value for name, value in found.items()}
             if leader:
                 seconds = time.monotonic() - began
@@ -100,11 +100,15 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     return metrics
 
 
-def evaluation_loop(job: Job, world: World) -> dict[str, float]:
+def evaluation_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     """Evaluate the job's model on its validation images; return the metrics on rank 0."""
     model: nn.Module = job.model.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    batches = world.val_batches()()
-    return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device)
+    return _validate(model, world.val_batches()(), job, world, log)
+
+
+def _validate(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> dict[str, float]:
+    say = log.say if world.rank == 0 else lambda text: None
+    return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say)
 
 
 class Meter:

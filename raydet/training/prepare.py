@@ -108,7 +108,13 @@ def make_job(
 
 
 def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequence[str]) -> Recipe:
-    """Return the recipe to evaluate a checkpoint, a run or a weights file with."""
+    """Return the recipe to evaluate a checkpoint, a run or a weights file with.
+
+    Raises:
+        RaydetError: there is nothing at the path, or it does not say which recipe is its own.
+    """
+    if not checkpoint_path.exists():
+        raise RaydetError(f"{checkpoint_path}: no such file or folder")
     run = checkpoint_path if (checkpoint_path / "recipe.yaml").is_file() else checkpoint_path.parent
     if recipe is not None:
         return load_recipe(recipe, overrides)

@@ -81,7 +81,7 @@ def test_predict_writes_pictures_and_coco_results(run, shapes, tmp_path):
         (["train", "demo", "data.root={shapes}", "data.val_annotations=list.json"], "is not a COCO annotation file"),
         (["train", "demo", "data.root={shapes}", "model.num_classes=80"], "but the data has 5 classes"),
         (["train", "demo", "data.root={shapes}", "--device", "cpu"], "--device goes with --debug"),
-        (["evaluate", "/nowhere"], "/nowhere"),
+        (["evaluate", "/nowhere"], "/nowhere: no such file or folder"),
         (["predict", "/nowhere", "{shapes}/val"], "/nowhere"),
         (["recipes", "coco2017_yolox_q"], "did you mean coco2017_yolox_"),
     ],
