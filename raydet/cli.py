@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,19 +60,18 @@ def train(
     from raydet.recipe import load
     from raydet.training.launch import train as run
 
-    if device is not None and not debug:
-        raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
+    _check_device(device, debug)
     result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say)
     if result.finished_before:
         _say(f"{result.folder} is finished; another name=… starts another run")
-    else:
-        _pictures(result.folder)
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
+    if not result.finished_before:
+        _pictures(result.folder)
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
     data = load(result.folder / "recipe.yaml").data
     program = "raydet" if shutil.which("raydet") else sys.argv[0]
-    _say(f"next: {program} predict {result.folder} {Path(data.root) / data.val_images}")
+    _say(f"next: {program} predict {quote(str(result.folder))} {quote(str(Path(data.root) / data.val_images))}")
 
 
 @app.command()
@@ -89,6 +89,7 @@ def evaluate(
     """
     from raydet.training.launch import evaluate as run
 
+    _check_device(device, debug)
     metrics = run(
         checkpoint, recipe=recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say
     )
@@ -107,7 +108,8 @@ def predict(
 ) -> None:
     """Detect in images: pictures with boxes, and a COCO results JSON.
 
-    An image whose name is a number has it as image_id; others are numbered in order, and file_name says which is which.
+    Where all names are numbers, no two the same, they are the image_ids, as in COCO; else the images are numbered in
+    order. file_name says which is which.
 
     Example: raydet predict runs/demo photos/ --score 0.4
     """
@@ -116,19 +118,29 @@ def predict(
     import cv2
     from rich.progress import track
 
-    from raydet.predict import image_files, load, predict_files
+    from raydet.predict import IMAGE_SUFFIXES, image_files, load, predict_files
 
-    files = image_files(source)
-    predictor = load(checkpoint, device)
-    out.mkdir(parents=True, exist_ok=True)
     root = source if source.is_dir() else source.parent
-    numbered = all(path.stem.isdecimal() for path in files)
+    files = image_files(source)
+    if root.resolve() in out.resolve().parents:  # what an earlier call drew is no image to detect in
+        files = [path for path in files if out.resolve() not in path.resolve().parents]
+    if out.resolve() == root.resolve():
+        raise RaydetError(f"--out {out} is the folder of the images, which the pictures would replace")
+    predictor = load(checkpoint, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RaydetError(f"--out {out}: cannot be made ({error.strerror})") from None
+    ids = {path.stem for path in files if path.stem.isdecimal()}
+    numbered = len({int(stem) for stem in ids}) == len(files)
     results = []
     found = predict_files(predictor, files, score)
     for number, (path, image, detections) in enumerate(track(found, "detecting", total=len(files)), start=1):
         image_id = int(path.stem) if numbered else number
         name = path.relative_to(root)
         picture = out / name
+        if picture.suffix.lower() not in IMAGE_SUFFIXES:
+            picture = picture.with_suffix(".jpg")
         picture.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(picture), predictor.draw(image, detections))
         results += [{**entry, "file_name": str(name)} for entry in predictor.to_coco(detections, image_id)]
@@ -150,7 +162,10 @@ def recipes(
     from raydet.recipe import describe, load, shipped
 
     if name is not None:
-        typer.echo(describe(load(name, overrides or ())), nl=False)
+        found = load(name, overrides or ())
+        if found.name == Path(name).stem:  # left empty, so that a copy in mine.yaml makes a run named mine
+            found = found.model_copy(update={"name": ""})
+        typer.echo(describe(found), nl=False)
         return
     for recipe, path in shipped().items():
         headline = path.read_text().splitlines()[0].removeprefix("#").strip()
@@ -166,8 +181,15 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command again goes on from the last checkpoint", err=True)
+        typer.echo(
+            "interrupted; a training goes on from its last checkpoint when the same command is run again", err=True
+        )
         sys.exit(130)
+
+
+def _check_device(device: str | None, debug: bool) -> None:
+    if device is not None and not debug:
+        raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
 
 
 def _say(text: str) -> None:

@@ -102,19 +102,20 @@ class Predictor:
         ]
 
 
-def load(path: str | Path, device: str | None = None) -> Predictor:
+def load(path: str | Path, device: str | None = None, model: nn.Module | None = None) -> Predictor:
     """Load a checkpoint, or the best one of a run.
 
     Args:
         path: of a checkpoint or run folder.
         device: such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
+        model: a detector of your own, where the checkpoint is of one.
 
     Raises:
         RaydetError: there is no checkpoint, or it is damaged.
     """
     folder = checkpoint.find(Path(path))
     config = checkpoint.read_config(folder)
-    return Predictor(checkpoint.load_model(folder, config), config, pick_device(device))
+    return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -119,7 +119,7 @@ class Eval(Section):
 
 
 class Scale(Section):
-    """Resources. Nothing here changes the result, but for the order in which ranks add up."""
+    """Resources. Each step has the same samples whatever these are; a norm sees those of its own worker."""
 
     num_workers: int = Field(1, ge=1, description="Ray Train workers, one GPU each where GPUs are used")
     gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
@@ -219,7 +219,9 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _entry(key: str, value: Any, description: str, indent: str) -> list[str]:
     comment = textwrap.wrap(description, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+    shown = yaml.safe_dump(
+        list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=float("inf")
+    )
     return [*comment, f"{indent}{key}: {shown.removesuffix('...' + chr(10)).strip()}"]
 
 
@@ -244,9 +246,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
         tree = inner
     try:
-        tree[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise RaydetError(f"{override!r}: the value is not YAML; quote it") from None
+    worded = key.strip() in _texts() and not isinstance(value, str | None)
+    tree[last] = text if worded else value
 
 
 def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
@@ -261,6 +265,19 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
             else:
                 problems.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
         raise RaydetError(f"{source}: {'; '.join(problems)}") from None
+
+
+@cache
+def _texts() -> frozenset[str]:
+    """Return the settings that are text: there 2017 and no are words."""
+    sections: dict[str, type[Section]] = {"": Recipe}
+    sections |= {f"{name}.": type(value) for name, value in Recipe() if isinstance(value, Section)}
+    return frozenset(
+        prefix + key
+        for prefix, section in sections.items()
+        for key, field in section.model_fields.items()
+        if field.annotation in (str, str | None)
+    )
 
 
 @cache

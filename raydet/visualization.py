@@ -40,7 +40,11 @@ def draw_boxes(
     size = max(0.35, min(height, width) / 1000)
     line = max(1, round(min(height, width) / 350))
     for number in reversed(range(len(labels))):
-        left, top, right, bottom = (round(float(value)) for value in boxes[number])
+        limits = (-1, -1, width, height)  # OpenCV takes neither infinities nor more than 32 bits
+        left, top, right, bottom = (
+            round(float(np.nan_to_num(value).clip(low - width, low + 2 * width)))
+            for value, low in zip(boxes[number], limits, strict=True)
+        )
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
         text = class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")

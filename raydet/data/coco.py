@@ -34,9 +34,14 @@ def load_coco(annotations: str | Path, images: str | Path) -> Index:
         raise RaydetError(f"{images}: no such folder of images")
     content = _read(annotations)
 
+    for category in content["categories"]:
+        if not isinstance(category["id"], int) or category["id"] < 0:
+            raise RaydetError(f"{annotations}: category id {category['id']!r} is not a whole number of 0 or more")
     categories = sorted(content["categories"], key=lambda c: c["id"])
     category_ids = [c["id"] for c in categories]
+    class_names = [str(c["name"]) for c in categories]
     _refuse_duplicates(category_ids, f"{annotations}: category id")
+    _refuse_duplicates(class_names, f"{annotations}: category name")
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
 
     records = [_image(image, annotations) for image in content["images"]]
@@ -47,18 +52,21 @@ def load_coco(annotations: str | Path, images: str | Path) -> Index:
     boxes = np.empty((len(content["annotations"]), 4))
     labels, crowd, area, image_of_box = [], [], [], []
     for row, record in enumerate(content["annotations"]):
+        if not isinstance(record, dict):
+            raise RaydetError(f"{annotations}: an annotation is no object: {str(record)[:120]}")
         for key, known in (("category_id", label_of), ("image_id", position_of)):
-            if record.get(key) not in known:
+            if not isinstance(record.get(key), int) or record[key] not in known:
                 what = "categories" if key == "category_id" else "images"
                 raise RaydetError(f"{_name(record, annotations)}: {key} {record.get(key)} is not in the file's {what}")
         try:
-            boxes[row] = record["bbox"]
+            x, y, width, height = record["bbox"]
+            boxes[row] = x, y, width, height
             area.append(float(record.get("area", boxes[row, 2] * boxes[row, 3])))
         except (KeyError, TypeError, ValueError):
             raise RaydetError(f"{_name(record, annotations)}: bbox or area is missing or not of numbers") from None
         labels.append(label_of[record["category_id"]])
         image_of_box.append(position_of[record["image_id"]])
-        crowd.append(bool(record.get("iscrowd", 0)))
+        crowd.append(record.get("iscrowd", 0) in (1, True, "1"))
     bad = np.flatnonzero(~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1))
     if len(bad):
         record = content["annotations"][bad[0]]
@@ -74,7 +82,7 @@ def load_coco(annotations: str | Path, images: str | Path) -> Index:
         np.array(area),
         np.array(image_of_box),
         root=str(images.resolve()),
-        class_names=[c["name"] for c in categories],
+        class_names=class_names,
         category_ids=category_ids,
     )
 

@@ -77,9 +77,10 @@ def train_batches(
         pin_memory: batches in pinned memory, for a GPU.
     """
     block_size = gcd(batch_size, samples.chunk_size)
-    span = SEGMENT_CHUNKS * samples.chunk_size
-    edges = [start, *range((start // span + 1) * span, stop, span), stop]
-    segments = [_Segment(source, samples, low, high, block_size, tasks) for low, high in pairwise(edges) if low < high]
+    step = batch_size * ranks.size
+    span = max(1, SEGMENT_CHUNKS * samples.chunk_size // step) * step  # whole steps, or batches would be torn
+    edges = [*range(start, stop, span), stop]
+    segments = [_Segment(source, samples, low, high, block_size, tasks) for low, high in pairwise(edges)]
 
     def start_segment(number: int) -> _Prefetch | None:
         if number >= len(segments):
@@ -155,6 +156,8 @@ class _Segment:
             },
             num_cpus=1,
             compute=ray.data.TaskPoolStrategy(size=self.tasks),
+            # A task that has begun runs to its end: one that waits for a reader would keep its CPU from the validation.
+            _generator_backpressure_num_objects=-1,
         )
         context = dataset.context
         # A table is larger than its pixels, so that each becomes a block of its own.
@@ -198,6 +201,8 @@ def _batches(split: Any, blocks: int, image_size: tuple[int, int], pin_memory: b
         if len(waiting) == blocks:
             yield to_batch(waiting, image_size, pin_memory)
             waiting = []
+    if waiting:
+        raise RuntimeError(f"the stream ended within a batch: {len(waiting)} of its {blocks} blocks came")
 
 
 def _check(batch: Batch, position: int, batch_size: int, block_size: int, ranks: Ranks) -> None:

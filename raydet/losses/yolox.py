@@ -77,9 +77,9 @@ class Terms(NamedTuple):
 class YoloXDetectionLoss(nn.Module):
     """YOLOX's loss: IoU, objectness, class and, at the end of a training, L1 on the raw boxes.
 
-    Every sum is divided by the number of assigned anchor points, over all ranks of a distributed run: N ranks with a
-    batch of B learn what one with N·B does. Candidates for an object are the points inside any object of the image or
-    near its centre.
+    Every sum is divided by the number of assigned anchor points, over all ranks of a distributed run: given the same
+    outputs, N ranks with a batch of B learn what one with N·B does. Candidates for an object are the points inside
+    any object of the image or near its centre.
 
     Args:
         strides: of the three maps, in pixels.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +37,15 @@ _MEGVII = (
     (re.compile(r"^backbone\.backbone\.stem\.conv\."), "backbone.stem."),
     (re.compile(r"^backbone\.backbone\."), "backbone."),
 )
+
+
+# YOLOX's own trainer keeps its best AP as a NumPy number beside the weights.
+_scalar = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    np.dtype,
+    type(np.dtype(np.float64)),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,13 @@ def read_weights(weights: str | Path) -> Weights:
     )
 
 
-def load_weights(model: nn.Module, weights: str | Path) -> Weights:
-    """Load a checkpoint into a model, strictly but for prediction layers of another class count.
+def load_weights(model: nn.Module, weights: str | Path, strict: bool = False) -> Weights:
+    """Load a checkpoint into a model; prediction layers of another class count stay as they are, with a warning.
 
-    Those stay as they are, and a warning says so. Returns what was read.
+    Args:
+        model: to load into.
+        weights: path.
+        strict: refuse other class counts too.
 
     Raises:
         RaydetError: tensors are missing, left over or of another shape; the message names some.
@@ -99,6 +112,9 @@ def load_weights(model: nn.Module, weights: str | Path) -> Weights:
             f"{weights} is not of a {type(model).__name__}: {len(wrong)} tensors do not fit, such as "
             + "; ".join(wrong[:3])
         )
+    if replaced and strict:
+        count, wanted = len(given[replaced[0]]), len(own[replaced[0]])
+        raise RaydetError(f"{weights} detects {count} classes, the data has {wanted}: train it on them first")
     if replaced:
         logger.warning(
             "%s is for %d classes: the class prediction layers for %d classes start afresh",
@@ -114,12 +130,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        tensors: dict[str, Tensor] = load_file(path)
+        try:
+            tensors: dict[str, Tensor] = load_file(path)
+        except Exception as error:  # safetensors has its own, outside the usual tree
+            raise RaydetError(f"{path} is damaged: {error}") from None
         return tensors
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        raise RaydetError(f"{path} is not a checkpoint that can be loaded safely: {error}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise RaydetError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -117,6 +117,8 @@ def read_config(folder: Path) -> Config:
         RaydetError: it is missing or damaged.
     """
     content = read_json(folder / "config.json")
+    if content.get("format", FORMAT) != FORMAT:
+        raise RaydetError(f"{folder}: a checkpoint of format {content['format']}; this raydet reads format {FORMAT}")
     try:
         return Config(
             model=content["model"],
@@ -134,9 +136,17 @@ def read_config(folder: Path) -> Config:
 
 
 def load_model(folder: Path, config: Config, model: nn.Module | None = None) -> nn.Module:
-    """Return the model of a checkpoint, or load its weights into the given one; in evaluation mode, on the CPU."""
+    """Return the model of a checkpoint, or load its weights into the given one; in evaluation mode, on the CPU.
+
+    Raises:
+        RaydetError: the weights are damaged, or of another model.
+    """
     model = model if model is not None else config.build()
-    models.load_weights(model, folder)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as error:  # safetensors and torch have many
+        reason = str(error).partition("\n")[0]
+        raise RaydetError(f"{folder}: its weights are damaged or of another model than given: {reason}") from None
     return model.eval()
 
 

@@ -31,6 +31,7 @@ from raydet.training.prepare import load_evaluated, load_index, make_job, open_r
 from raydet.training.run import Job, RunLog, World
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
+_DEBUG = "-debug"
 _SUMMARY = "summary.json"
 
 
@@ -82,15 +83,19 @@ def train(
         RaydetError: something in the recipe, the data or the weights cannot work.
     """
     settings = load_recipe(recipe, [*(_debug_overrides(recipe) if debug else ()), *overrides])
+    if settings.name.endswith(_DEBUG):
+        raise RaydetError(f"name: {settings.name} ends with {_DEBUG}, as runs of the debugger do, which start over")
+    if debug:
+        settings = settings.model_copy(update={"name": settings.name + _DEBUG})
     train_index = train_data if train_data is not None else load_index(settings.data, "train")
     val_index = val_data if val_data is not None else load_index(settings.data, "val")
     if debug:
         train_index, val_index = train_index.head(DEBUG_IMAGES), val_index.head(DEBUG_IMAGES)
     job = make_job(settings, train_index, val_index, model, loss)
-    folder = settings.run_folder
-    if debug and (folder / _SUMMARY).is_file():
-        shutil.rmtree(folder)  # whoever debugs wants to see it run
-    open_run(settings)
+    folder = job.folder
+    if debug:
+        shutil.rmtree(folder, ignore_errors=True)
+    open_run(job)
     if (folder / _SUMMARY).is_file():
         metrics = checkpoint.read_json(folder / _SUMMARY)["metrics"]
         return Result(folder, checkpoint.find(folder), metrics, finished_before=True)
@@ -111,6 +116,7 @@ def evaluate(
     path: str | Path,
     *,
     recipe: str | None = None,
+    model: nn.Module | None = None,
     overrides: Sequence[str] = (),
     debug: bool = False,
     device: str | None = None,
@@ -122,6 +128,7 @@ def evaluate(
     Args:
         path: of the checkpoint folder, run folder or weights file.
         recipe: of the data, the thresholds and, for a weights file, the model; None: that of the run.
+        model: a detector of your own, where the checkpoint is of one.
         overrides: `section.key=value`.
         debug: in this process, without Ray.
         device: with `debug`.
@@ -149,10 +156,10 @@ def evaluate(
                 f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
                 "of the data, or are in another order"
             )
-        base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config))
+        base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
         job = replace(base, config=config)
     streams = None, val_samples(settings, val_index)
-    storage = settings.run_folder.parent
+    storage = Path(settings.storage).expanduser().resolve()
     storage.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
         job = replace(job, folder=Path(scratch))
@@ -167,7 +174,6 @@ def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:
     settings = load_recipe(recipe)
     batch = min(DEBUG_BATCH, settings.train.batch_size)
     return [
-        f"name={settings.name}-debug",
         f"train.epochs={DEBUG_EPOCHS}",
         f"train.batch_size={batch}",
         f"train.lr={settings.train.lr * batch / settings.train.batch_size}",
@@ -198,8 +204,8 @@ class LocalWorld:
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
-        """See World."""
-        yield max(self._folder.glob("checkpoint_*"), default=None)
+        """See World. Debugging starts over each time."""
+        yield None
 
     def report(self, metrics: dict[str, float], epoch: int, write: Callable[[Path], None]) -> None:
         """See World."""
@@ -398,7 +404,7 @@ def _connect(scale: Scale, verbose: bool) -> bool:
     # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
     cpus = os.cpu_count() or 1
     workers = scale.num_workers * (scale.cpus_per_worker or 1)
-    ray.init(num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
+    ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
     return True
 
 
@@ -412,13 +418,14 @@ def _resources(scale: Scale) -> tuple[bool, int]:
 
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
+    node = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
     gpu = gpus >= scale.num_workers if scale.gpu is None else scale.gpu
     if gpu and gpus < scale.num_workers:
         raise RaydetError(
             f"scale.num_workers is {scale.num_workers}, but there are {gpus} GPUs; or set scale.gpu=false"
         )
     spare = max(1, scale.data_tasks or 1)
-    each = scale.cpus_per_worker or (1 if gpu else max(1, (cpus - spare) // scale.num_workers))
+    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, (cpus - spare) // scale.num_workers)))
     if scale.num_workers * each + 1 > cpus:
         raise RaydetError(
             f"{scale.num_workers} workers of {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "

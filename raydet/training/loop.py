@@ -57,14 +57,14 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         images = job.config.preprocessing(batch.images.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = network(images)
-        loss, components = criterion(outputs, batch.targets)
+        loss, components = criterion(outputs, batch.targets.to(device, non_blocking=True))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         step += 1
         average.update(step)
 
-        meter.update(components, len(batch.images) * world.size)
+        meter.update(loss.detach(), components, len(batch.images) * world.size)
         epoch = job.epoch_of(step)
         ends_epoch = epoch > job.epoch_of(step - 1) or step == total
         if leader and (ends_epoch or step % recipe.track.log_every == 0):
@@ -75,7 +75,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
             continue
 
         metrics = {}
-        if epoch % recipe.eval.every == 0 or step == total:
+        if job.validates_after(step):
             began = time.monotonic()
             _broadcast_buffers(average.model)
             found = _validate(average.model, val_batches(), job, world, log)
@@ -123,7 +123,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = None  # of the loss and its components
         self._steps = self._images = 0
         self._waited = 0.0
         self._since = time.monotonic()
@@ -143,9 +143,10 @@ class Meter:
                 self._waited += time.monotonic() - began
             yield batch
 
-    def update(self, components: Tensor, images: int) -> None:
+    def update(self, loss: Tensor, components: Tensor, images: int) -> None:
         """Count a step; nothing is read back from the device."""
-        self._sum = components if self._sum is None else self._sum + components
+        values = torch.cat((loss.view(1), components))
+        self._sum = values if self._sum is None else self._sum + values
         self._steps += 1
         self._images += images
 
@@ -156,11 +157,12 @@ class Meter:
     def flush(self, step: int, lr: float) -> tuple[dict[str, float], str]:
         """Return the means since the last call, as metrics and as a line of text."""
         assert self._sum is not None
-        values = dict(zip(self._names, (self._sum / self._steps).tolist(), strict=True))
+        loss, *means = (self._sum / self._steps).tolist()
+        values = dict(zip(self._names, means, strict=True))
+        values.pop("Loss", None)  # what YOLOX calls the sum
         seconds = time.monotonic() - self._since
         speed, wait = self._images / seconds, self._waited / seconds
         self._reset()
-        loss = values.pop(self._names[-1])
         elapsed = time.monotonic() - self._began  # validations included, as more of them will come
         left = elapsed / (step - self._begin_step) * (self._job.total_steps - step)
         epoch = step * self._job.recipe.train.batch_size / self._job.train_images
@@ -199,6 +201,8 @@ def _opening(job: Job, world: World, schedule: Schedule, step: int) -> Iterator[
     ):
         if steps < round(wanted * per_epoch):
             yield f"the {what} of {wanted:g} epochs is too long for this run: shortened to {steps / per_epoch:.2f}"
+    if settings.batch_size > job.train_images:
+        yield f"a step takes {settings.batch_size} images, but there are {job.train_images}: lower train.batch_size"
     if step:
         yield f"resumed after step {step}"
 

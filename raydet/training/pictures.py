@@ -26,8 +26,8 @@ def draw_validation(folder: Path, index: Index | None = None) -> Path:
     index = index if index is not None else load_index(load_recipe(folder / "recipe.yaml").data, "val")
     predictor = load(folder)
     pictures = []
-    for number in range(min(SHOWN, len(index))):
-        row = number * len(index) // SHOWN
+    count = min(SHOWN, len(index))
+    for row in (number * len(index) // count for number in range(count)):
         image = imread(index.path(row))
         scale = min(CELL / side for side in image.shape[:2])
         shown: Any = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

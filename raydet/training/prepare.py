@@ -21,7 +21,7 @@ from raydet.errors import RaydetError
 from raydet.models import Family, load_weights
 from raydet.recipe import Data, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
-from raydet.training.checkpoint import Config
+from raydet.training.checkpoint import Config, find, read_json
 from raydet.training.run import Job
 
 
@@ -89,7 +89,10 @@ def make_job(
         torch.manual_seed(recipe.seed)
         model = family.models[recipe.model.name](len(names))
         if recipe.model.weights is not None:
-            licence = load_weights(model, Path(recipe.model.weights).expanduser()).licence
+            weights = Path(recipe.model.weights).expanduser()
+            weights = find(weights) if weights.is_dir() else weights
+            # To measure prediction layers that nobody has trained would be a mistake.
+            licence = load_weights(model, weights, strict=train_index is None).licence
         name = recipe.model.name
     else:
         name = ""
@@ -125,24 +128,42 @@ def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequenc
     )
 
 
-def open_run(recipe: Recipe) -> None:
-    """Make the run's folder with recipe.yaml and environment.json, or check that it is the same run.
+def open_run(job: Job) -> None:
+    """Make the run's folder with recipe.yaml, inputs.json and environment.json, or check that it is the same run.
 
     Raises:
-        RaydetError: the folder is of a run with other settings.
+        RaydetError: the folder has checkpoints of a run with other settings, data, model or loss, or cannot be made.
     """
-    folder = recipe.run_folder
-    path = folder / "recipe.yaml"
-    if path.is_file():
-        changed = differences(recipe, load_recipe(path))
+    folder, recipe = job.folder, job.recipe
+    if not recipe.name:
+        raise RaydetError("name is empty: the run needs one, which its folder gets")
+    inputs = {
+        "model": type(job.model).__qualname__,
+        "loss": type(job.criterion).__qualname__,
+        "training images": job.train_images,
+        "validation images": len(job.val_index),
+        "classes": list(job.config.class_names),
+    }
+    if any(folder.glob("checkpoint_*/config.json")):
+        changed = differences(recipe, load_recipe(folder / "recipe.yaml"))
+        earlier = read_json(folder / "inputs.json")
+        changed += [
+            f"{key}: {_short(earlier.get(key))} there, {_short(value)} here"
+            for key, value in inputs.items()
+            if earlier.get(key) != value
+        ]
         if changed:
             raise RaydetError(
                 f"{folder} is a run with other settings ({'; '.join(changed)}); "
                 "choose another name=…, or remove the folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, describe(recipe))
-    _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "recipe.yaml", describe(recipe))
+        _write(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
 
 
 def environment() -> dict[str, str | int]:
@@ -183,6 +204,10 @@ def _make_loss(recipe: Recipe, family: Family, num_classes: int) -> nn.Module:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _short(value: object) -> str:
+    return _some(value) if isinstance(value, list) else str(value)
 
 
 def _write(path: Path, text: str) -> None:

@@ -51,6 +51,11 @@ class Job:
         done = step * self.recipe.train.batch_size // self.train_images
         return min(done, self.recipe.train.epochs)
 
+    def validates_after(self, step: int) -> bool:
+        """Is a validation due when `step` steps are done? A step may span several epochs of a small data set."""
+        every = self.recipe.eval.every
+        return step == self.total_steps or self.epoch_of(step) // every > self.epoch_of(step - 1) // every
+
 
 class World(Protocol):
     """What surrounds the worker loop: a Ray Train worker group, or a single process."""

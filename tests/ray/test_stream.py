@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 
 import pytest
 from ray import cloudpickle
@@ -21,7 +22,8 @@ CASES = {
     "from the beginning, 3 tasks at once": {"tasks": 3, "start": 0},
     "restarted in mid-chunk, 3 tasks": {"tasks": 3, "start": 208},
     "restarted in mid-chunk, 1 task, in two segments": {"tasks": 1, "start": 208, "segment_chunks": 1},
-    "a segment of two chunks": {"tasks": 3, "start": 0, "segment_chunks": 2},
+    "segments of two chunks": {"tasks": 3, "start": 0, "segment_chunks": 2},
+    "a batch that divides neither chunk nor segment": {"tasks": 3, "start": 48, "segment_chunks": 2, "batch": 48},
 }
 
 
@@ -84,7 +86,9 @@ def streams(settings, indices):
         seen = []
         for case in cases:
             stream.SEGMENT_CHUNKS = case.get("segment_chunks", 2000)
-            world = RayWorld(job, given["sources"], case["tasks"])
+            train = job.recipe.train.model_copy(update={"batch_size": case.get("batch", GLOBAL_BATCH)})
+            recipe = job.recipe.model_copy(update={"train": train})
+            world = RayWorld(replace(job, recipe=recipe), given["sources"], case["tasks"])
             seen.append([digests(batch) for batch in world.train_batches(case["start"], STOP)])
         world = RayWorld(job, given["sources"], 3)
         val_batches = world.val_batches()
@@ -106,13 +110,14 @@ def streams(settings, indices):
 @pytest.mark.parametrize("case", CASES)
 def test_step_k_is_positions_kg_to_k_plus_1_g_and_the_same_samples_everywhere(streams, reference, workers, case):
     number, start = list(CASES).index(case), CASES[case]["start"]
+    batch_size = CASES[case].get("batch", GLOBAL_BATCH)
     ranks = [seen[number] for seen, _ in streams[workers]]
     assert len(ranks) == workers
-    assert {len(steps) for steps in ranks} == {(STOP - start) // GLOBAL_BATCH}
-    for step, batches in enumerate(zip(*ranks, strict=True), start=start // GLOBAL_BATCH):
-        assert {len(batch) for batch in batches} == {GLOBAL_BATCH // workers}
+    assert {len(steps) for steps in ranks} == {(STOP - start) // batch_size}
+    for step, batches in enumerate(zip(*ranks, strict=True), start=start // batch_size):
+        assert {len(batch) for batch in batches} == {batch_size // workers}
         samples = dict(entry for batch in batches for entry in batch)
-        due = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        due = range(step * batch_size, (step + 1) * batch_size)
         assert sorted(samples) == list(due)
         assert all(samples[position] == reference[position] for position in due)
 

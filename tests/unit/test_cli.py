@@ -7,7 +7,7 @@ import sys
 import cv2
 import pytest
 
-from raydet.recipe import shipped
+from raydet.recipe import load, shipped
 
 
 def raydet(*arguments, cwd=None):
@@ -50,6 +50,7 @@ def test_recipes_lists_all_and_prints_one(tmp_path):
     assert "\n  # passes over the training images\n  epochs: 7\n" in printed
     (tmp_path / "mine.yaml").write_text(printed)
     assert raydet("recipes", tmp_path / "mine.yaml").stdout == printed
+    assert load(tmp_path / "mine.yaml").name == "mine"
 
 
 def test_training_ends_with_a_table_the_folder_and_what_comes_next(run, shapes):

@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import raydet
@@ -14,8 +13,6 @@ from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
 from raydet.losses import YoloXFastDetectionLoss
 from raydet.models import get
-from raydet.training import launch
-from raydet.training.launch import LocalWorld
 
 
 def train(demo, *overrides, **arguments):
@@ -26,10 +23,6 @@ def train(demo, *overrides, **arguments):
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -89,29 +82,6 @@ def test_metrics_are_named_as_designed_and_the_loss_falls(debug_run):
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(demo, monkeypatch):
-    whole, _ = train(demo, "name=whole")
-
-    class KilledError(Exception):
-        pass
-
-    report = LocalWorld.report
-
-    def report_then_die(self, metrics, epoch, write):
-        report(self, metrics, epoch, write)
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalWorld, "report", report_then_die)
-        with pytest.raises(KilledError):
-            train(demo, "name=resumed")
-    resumed, said = train(demo, "name=resumed")
-    assert "resumed after step 5" in said
-    ours, theirs = weights(whole.checkpoint), weights(resumed.checkpoint)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [line["step"] for line in metrics_of(resumed.folder)] == [line["step"] for line in metrics_of(whole.folder)]
-
-
 def test_one_s_own_model_loss_and_data(demo, shapes):
     class Doubled(nn.Module):
         """A loss of the user's own."""
@@ -139,23 +109,28 @@ def test_one_s_own_model_loss_and_data(demo, shapes):
     assert any("24 training and 8 validation images" in line for line in said)
     lines = [line for line in metrics_of(result.folder) if "train/loss" in line]
     assert all(line["train/loss"] == pytest.approx(2 * line["train/Doubled/box"]) for line in lines)
-    with pytest.raises(RaydetError, match="a model that raydet does not know: build it"):
+    with pytest.raises(RaydetError, match="a model that raydet does not know: build it, and pass it as model="):
         raydet.load(result.folder)
+    image = cv2.imread(index.path(0))
+    found = raydet.load(result.folder, "cpu", model=get("yolox_n", 5)).predict([image], conf=0)
+    assert len(found[0].scores) > 0
+    with pytest.raises(RaydetError, match="its weights are damaged or of another model than given"):
+        raydet.load(result.folder, "cpu", model=get("yolox_t", 5))
 
 
-def test_a_finished_debug_run_starts_over_but_an_own_name_can_be_kept(demo):
-    first, _ = train(demo, "train.epochs=1")
-    second, said = train(demo, "train.epochs=1")
+def test_debugging_starts_over_beside_the_run_proper(demo):
+    first, _ = train(demo, "train.epochs=1", "name=mine")
+    assert first.folder.name == "mine-debug"
+    proper = first.folder.with_name("mine")
+    proper.mkdir()
+    (proper / "summary.json").write_text("{}")
+    second, said = train(demo, "train.epochs=1", "name=mine", "train.lr=0.5")
     assert second.folder == first.folder
     assert not second.finished_before
     assert any("step 5/5" in line for line in said)
-
-
-def test_another_recipe_under_the_same_name_is_refused(demo):
-    train(demo, "train.epochs=1")
-    (launch.load_recipe("demo", demo).run_folder.parent / "demo-debug" / "summary.json").unlink()
-    with pytest.raises(RaydetError, match=r"a run with other settings \(train\.lr: 0\.\d+ there, 0\.5 here\)"):
-        train(demo, "train.epochs=1", "train.lr=0.5")
+    assert (proper / "summary.json").is_file()
+    with pytest.raises(RaydetError, match="name: mine-debug ends with -debug"):
+        train(demo, "name=mine-debug")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +161,12 @@ def test_a_weights_file_needs_a_recipe(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(RaydetError, match="add --recipe, such as --recipe coco2017_yolox_s"):
         raydet.evaluate(tmp_path / "weights.pth")
+
+
+def test_weights_of_another_class_count_are_not_measured(demo, shared):
+    weights = shared / "weights/yolox_nano/yolox_nano_coco.pth"
+    with pytest.raises(RaydetError, match="detects 80 classes, the data has 5"):
+        raydet.evaluate(weights, recipe="demo", overrides=demo, debug=True, say=lambda text: None)
 
 
 def test_evaluating_on_other_classes_is_refused(debug_run, shapes, tmp_path):

@@ -46,6 +46,13 @@ def test_overrides(override, key, value):
     assert getattr(load("demo", [override]).train, key) == value
 
 
+@pytest.mark.parametrize("text", ["2017", "001", "no", "2024-01-01", "1e3"])
+def test_what_is_text_stays_text(text):
+    assert load("demo", [f"data.train_images={text}"]).data.train_images == text
+    assert load("demo", [f"name={text}"]).name == text
+    assert load("demo", ["model.weights=null"]).model.weights is None
+
+
 @pytest.mark.parametrize("value", ["320", "[320, 320]"])
 def test_image_size_is_one_number_or_two(value):
     assert load("demo", [f"data.image_size={value}"]).data.image_size == (320, 320)
@@ -96,10 +103,11 @@ def test_unknown_name_suggests_the_nearest():
 
 
 def test_description_is_a_recipe_that_loads(tmp_path):
-    mine = load("demo", ["train.epochs=7", "model.weights='a b.pth'", "data.image_size=[64, 96]"])
+    mine = load("demo", ["train.epochs=7", f"model.weights='{' '.join(['a b'] * 60)}.pth'", "data.image_size=[64, 96]"])
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.describe(mine))
     assert load(path) == mine
+    assert mine.model.weights == " ".join(["a b"] * 60) + ".pth"
     for key in keys(mine):
         assert f"{key.split('.')[-1]}: " in path.read_text()
 
