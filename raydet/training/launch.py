@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ from raydet.recipe import load as load_recipe
 from raydet.training import checkpoint
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.prepare import load_evaluated, load_index, make_job, open_run, train_samples, val_samples
-from raydet.training.run import Job, RunLog, World
+from raydet.training.run import Job, RunLog, SayWarnings
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
@@ -320,15 +321,20 @@ def _train_worker(given: dict[str, Any]) -> dict[str, float]:
     import ray
 
     job: Job = ray.get(given["job"])
-    world: World = RayWorld(job, given["sources"], given["data_tasks"])
-    return train_loop(job, world, RunLog(job.folder))
+    return train_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), _worker_log(job))
 
 
 def _evaluation_worker(given: dict[str, Any]) -> dict[str, float]:
     import ray
 
     job: Job = ray.get(given["job"])
-    return evaluation_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), RunLog(job.folder))
+    return evaluation_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), _worker_log(job))
+
+
+def _worker_log(job: Job) -> RunLog:
+    log = RunLog(job.folder)
+    logging.getLogger("raydet").addHandler(SayWarnings(log))
+    return log
 
 
 def _on_ray(

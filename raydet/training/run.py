@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -110,6 +111,18 @@ class RunLog:
             file.write(text + "\n")
         if self._echo:
             self._echo(text)
+
+
+class SayWarnings(logging.Handler):
+    """Puts raydet's warnings of a worker, such as that no data comes, among the lines of progress."""
+
+    def __init__(self, log: RunLog):
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        self._log.say(f"warning: {record.getMessage()}")
 
 
 def _step(line: str) -> float:

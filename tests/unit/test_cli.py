@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import cv2
+import numpy as np
 import pytest
 
 from raydet.recipe import load, shipped
@@ -71,6 +72,24 @@ def test_predict_writes_pictures_and_coco_results(run, shapes, tmp_path):
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "file_name"}
     assert all(int(entry["file_name"].removesuffix(".jpg")) == entry["image_id"] for entry in results)
     assert {entry["category_id"] for entry in results} <= {1, 2, 3, 4, 5}
+
+
+def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tmp_path):
+    folder, _ = run
+    for name in ("a/1.png", "b/1.png", "c.jfif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        encoded = cv2.imencode(".jpg" if name == "c.jfif" else ".png", np.zeros((40, 40, 3), np.uint8))[1]
+        (tmp_path / name).write_bytes(encoded.tobytes())
+    done = raydet("predict", folder, tmp_path, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "which the pictures would replace" in done.stderr
+    for _ in range(2):
+        done = raydet("predict", folder, tmp_path, "--out", tmp_path / "out", "--score", "0", "--device", "cpu")
+        assert "in 2 images" in done.stdout
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {(entry["image_id"], entry["file_name"]) for entry in found} == {(1, "a/1.png"), (2, "b/1.png")}
+    assert raydet("predict", folder, tmp_path / "c.jfif", "--out", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "c.jpg").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -117,6 +118,19 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
     with pytest.raises(RaydetError, match="holds no tensors by name"):
         models.get("yolox_n", weights=tmp_path / "list.pth")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(RaydetError, match=r"model\.safetensors is damaged"):
+        models.get("yolox_n", weights=tmp_path)
+
+
+def test_numbers_of_numpy_beside_the_weights_are_read(shared, tmp_path):
+    """YOLOX's own trainer writes its best AP as one."""
+    content = torch.load(shared / "weights/yolox_nano/yolox_nano_coco.pth", weights_only=True)
+    torch.save({"model": content.get("model", content), "best_ap": np.float64(0.3)}, tmp_path / "best.pth")
+    assert models.get("yolox_n", weights=tmp_path / "best.pth").num_classes == 80
 
 
 def test_unknown_names_suggest_the_nearest():

@@ -1,7 +1,8 @@
 import json
+import logging
 import math
 
-from raydet.training.run import RunLog
+from raydet.training.run import RunLog, SayWarnings
 
 
 def lines(folder):
@@ -34,3 +35,14 @@ def test_lines_of_text_are_kept_and_echoed(tmp_path):
     log.say("two")
     assert heard == ["one", "two"]
     assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_worker_s_warnings_are_among_its_lines(tmp_path):
+    logger, handler = logging.getLogger("raydet.data.stream"), SayWarnings(RunLog(tmp_path))
+    logging.getLogger("raydet").addHandler(handler)
+    try:
+        logger.info("nothing to see")
+        logger.warning("no batch for %d s", 60)
+    finally:
+        logging.getLogger("raydet").removeHandler(handler)
+    assert (tmp_path / "log.txt").read_text() == "warning: no batch for 60 s\n"
