@@ -124,6 +124,8 @@ def predict(
     files = image_files(source)
     if root.resolve() in out.resolve().parents:  # what an earlier call drew is no image to detect in
         files = [path for path in files if out.resolve() not in path.resolve().parents]
+        if not files:
+            raise RaydetError(f"{source}: no images in it but those in {out}, which are raydet's own")
     if out.resolve() == root.resolve():
         raise RaydetError(f"--out {out} is the folder of the images, which the pictures would replace")
     predictor = load(checkpoint, device)
@@ -131,8 +133,7 @@ def predict(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RaydetError(f"--out {out}: cannot be made ({error.strerror})") from None
-    ids = {path.stem for path in files if path.stem.isdecimal()}
-    numbered = len({int(stem) for stem in ids}) == len(files)
+    numbered = len({int(path.stem) for path in files if path.stem.isdecimal()}) == len(files)
     results = []
     found = predict_files(predictor, files, score)
     for number, (path, image, detections) in enumerate(track(found, "detecting", total=len(files)), start=1):

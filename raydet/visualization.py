@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Image = npt.NDArray[np.uint8]
 
+_FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bits
+
 
 def class_colour(label: int) -> tuple[int, int, int]:
     """Return a class's colour in BGR: neighbours in number are far apart in hue."""
@@ -39,12 +41,9 @@ def draw_boxes(
     height, width = image.shape[:2]
     size = max(0.35, min(height, width) / 1000)
     line = max(1, round(min(height, width) / 350))
+    edges = np.nan_to_num(boxes).clip(-_FAR, _FAR).round().astype(int).tolist()
     for number in reversed(range(len(labels))):
-        limits = (-1, -1, width, height)  # OpenCV takes neither infinities nor more than 32 bits
-        left, top, right, bottom = (
-            round(float(np.nan_to_num(value).clip(low - width, low + 2 * width)))
-            for value, low in zip(boxes[number], limits, strict=True)
-        )
+        left, top, right, bottom = edges[number]
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
         text = class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")

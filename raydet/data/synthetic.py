@@ -88,6 +88,7 @@ def make_picture(rng: np.random.Generator) -> tuple[Array, list[tuple[int, tuple
 def _shape(rng: np.random.Generator, label: int, image: Array) -> tuple[tuple[slice, slice], Array, Array]:
     """Return a window of the picture, where in it the object is, bool [h, w], and its colours, float [h, w, 3]."""
     height, width = image.shape[:2]
+    # Every size, the large ones more often: small ones take longer to learn than the demo has.
     side = SMALLEST * (LARGEST / SMALLEST) ** rng.random() ** 0.45
     angle, stretch = rng.uniform(-0.3, 0.3), rng.uniform(0.85, 1.18)
     x0, y0 = rng.uniform(0, width), rng.uniform(0, height)

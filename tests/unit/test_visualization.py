@@ -22,6 +22,27 @@ def test_boxes_are_drawn_on_a_copy(box):
     assert (drawn == class_colour(1)).all(-1).any()
 
 
+@pytest.mark.parametrize("shape", [(60, 400), (400, 60)], ids=["wide", "tall"])
+@pytest.mark.parametrize("low", [8, 330])
+def test_boxes_are_drawn_where_they_are_in_long_pictures(shape, low):
+    """The far edges, which no label covers, of a box near either end of the longer side."""
+    image = np.zeros((*shape, 3), np.uint8)
+    along = shape[0] < shape[1]
+    box = (low, 10, low + 40, 50) if along else (10, low, 50, low + 40)
+    drawn = (draw_boxes(image, np.array([box]), [0], ("a",)) == class_colour(0)).all(-1)
+    right, bottom = box[2:]
+    assert drawn[bottom, box[0] : right].all()
+    assert drawn[box[1] : bottom, right].all()
+    assert not drawn[bottom + 1 :].any()
+    assert not drawn[:, right + 1 :].any()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e30])
+def test_boxes_of_a_model_that_diverged_can_be_drawn(value):
+    image = np.zeros((60, 50, 3), np.uint8)
+    draw_boxes(image, np.array([[value, 10, 30, value]]), [0], ("a",))
+
+
 def test_no_boxes_leave_the_picture_as_it_is():
     image = np.full((60, 50, 3), 90, np.uint8)
     assert (draw_boxes(image, np.empty((0, 4)), [], ("cat",)) == image).all()
