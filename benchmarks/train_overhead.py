@@ -45,7 +45,7 @@ def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) ->
     job = make_job(recipe, index, load_index(recipe.data, "val"))
     size = recipe.train.batch_size // workers
     stop = BATCHES_IN_MEMORY * size
-    batches = list(local_train_batches(train_samples(recipe, index), 0, stop, size))
+    batches = list(local_train_batches(train_samples(recipe, index, job.config.preprocessing.resize), 0, stop, size))
     model: nn.Module = job.model.to(memory_format=torch.channels_last)
     network = DistributedDataParallel(model.train())
     optimizer = make_optimizer(model, recipe.train)

@@ -7,7 +7,8 @@ torch is not imported here: every Ray Data task loads this module, and torch wou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 Boxes = TypeVar("Boxes", "Tensor", npt.NDArray[Any])
 
 EPS = 1e-16
+
+Resize = Literal["pad_bottom_right", "pad_centre", "stretch"]
 
 
 def cxcywh_to_xyxy(boxes: Boxes) -> Boxes:
@@ -45,6 +48,60 @@ def clip(boxes: npt.NDArray[Any], width: float, height: float) -> npt.NDArray[An
     """Clip [..., 4] xyxy to an image of the given size in pixels."""
     clipped: npt.NDArray[Any] = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
     return clipped
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in a model's input.
+
+    Attributes:
+        width: of the scaled image in pixels.
+        height: likewise.
+        left: its first column in the input.
+        top: its first row.
+        scale: input pixels for each pixel of the image, (across, down).
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+    scale: tuple[float, float]
+
+    def apply(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Boxes [..., 4] xyxy in pixels of the image → of the input."""
+        return boxes * self._scales(boxes) + self._offsets(boxes)
+
+    def undo(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Boxes [..., 4] xyxy in pixels of the input → of the image."""
+        return (boxes - self._offsets(boxes)) / self._scales(boxes)
+
+    def _scales(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.asarray(self.scale * 2, like.dtype)
+
+    def _offsets(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.asarray((self.left, self.top) * 2, like.dtype)
+
+
+def place(width: int, height: int, size: tuple[int, int], resize: Resize) -> Placement:
+    """Place an image of width x height pixels in an input of `size` = (height, width).
+
+    Args:
+        width: of the image.
+        height: of the image.
+        size: of the input.
+        resize: "pad_bottom_right": the aspect ratio kept, the image in the corner, its sides rounded down, as YOLOX does;
+            "pad_centre": likewise in the middle, with a margin of 2 pixels at least, rounded to the nearest, as YOLO-NAS
+            does; "stretch": to the whole input, as PP-YOLOE does.
+    """
+    if resize == "stretch":
+        return Placement(size[1], size[0], 0, 0, (size[1] / width, size[0] / height))
+    if resize == "pad_bottom_right":
+        scale = min(size[0] / height, size[1] / width)
+        return Placement(max(1, int(width * scale)), max(1, int(height * scale)), 0, 0, (scale, scale))
+    scale = min((size[0] - 4) / height, (size[1] - 4) / width)
+    across, down = max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+    return Placement(across, down, (size[1] - across) // 2, (size[0] - down) // 2, (across / width, down / height))
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:

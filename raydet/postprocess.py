@@ -5,27 +5,33 @@ Boxes are in pixels of the model's input and are not clipped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms, box_iou, nms
 
 from raydet.boxes import cxcywh_to_xyxy
+from raydet.outputs import PPYOLOE, SSD, YOLOX, decoded_of
+
+NmsType = Literal["iterative", "matrix"]
+
+_MATRIX_SIGMA = 3.0
 
 
-class YoloXPostPredictionCallback:
-    """Detections of YOLOX: score = objectness · class probability, then NMS.
+class PostPrediction:
+    """What the callbacks share: candidates of each image, then non-maximum suppression (NMS).
 
     Args:
-        conf: lowest objectness, and lowest score, to go on with.
+        conf: lowest score of a candidate.
         iou: of two boxes of a class that overlap more, NMS keeps the better.
         max_predictions: the best so many of an image are kept.
         class_agnostic_nms: boxes of different classes suppress each other too.
         multi_label_per_box: a box may be detected as several classes; otherwise as its best.
         nms_top_k: only the best so many of an image enter NMS; None: all.
     """
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -43,49 +49,176 @@ class YoloXPostPredictionCallback:
         self.multi_label_per_box = multi_label_per_box
         self.nms_top_k = nms_top_k
 
+    @classmethod
+    def of(cls, **settings: Any) -> PostPrediction:
+        """Build from settings under the names that all families share, those of this class."""
+        return cls(**settings)
+
     @torch.no_grad()
-    def __call__(self, outputs: Sequence[Any]) -> list[Tensor]:
+    def __call__(self, outputs: Any) -> list[Tensor]:
         """Detect.
 
         Args:
-            outputs: the model's output in evaluation mode; its first item is [B, L, 5 + C]: cx, cy, w, h, objectness,
-                class probabilities.
+            outputs: the model's output in evaluation mode, or (decoded, None).
 
         Returns:
             For each image [n, 6], possibly [0, 6].
+
+        Raises:
+            ValueError: the output is of another family's model, or of one in training mode.
         """
-        decoded = outputs[0]
-        if not isinstance(decoded, Tensor) or decoded.ndim != 3:
-            raise ValueError("YoloXPostPredictionCallback takes a YOLOX's output in evaluation mode: call model.eval()")
-        return [self._image(image) for image in decoded.float()]
+        decoded = decoded_of(outputs, self.kind, type(self).__name__)
+        images = zip(*decoded, strict=True) if isinstance(decoded, list | tuple) else ((image,) for image in decoded)
+        return [self._suppress(*self._candidates(*(part.float() for part in image))) for image in images]
 
-    def _image(self, image: Tensor) -> Tensor:
-        image = image[image[:, 4] > self.conf]
-        scores = image[:, 5:] * image[:, 4:5]
-        if self.multi_label_per_box:
-            point, label = (scores > self.conf).nonzero(as_tuple=True)
-            score = scores[point, label]
-        else:
-            score, label = scores.max(dim=1)
-            point = (score > self.conf).nonzero().squeeze(1)
-            score, label = score[point], label[point]
-        boxes = cxcywh_to_xyxy(image[point, :4])
-        return suppress(boxes, score, label, self.iou, self.max_predictions, self.class_agnostic_nms, self.nms_top_k)
+    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One image's boxes [n, 4] xyxy, scores [n] and labels [n]."""
+        raise NotImplementedError
+
+    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        if self.nms_top_k is not None and len(scores) > self.nms_top_k:
+            scores, best = scores.topk(self.nms_top_k)
+            boxes, labels = boxes[best], labels[best]
+        agnostic = self.class_agnostic_nms
+        keep = nms(boxes, scores, self.iou) if agnostic else batched_nms(boxes, scores, labels, self.iou)
+        keep = keep[: self.max_predictions]
+        return _rows(boxes[keep], scores[keep], labels[keep])
 
 
-def suppress(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    iou: float,
-    max_predictions: int,
-    class_agnostic: bool,
-    top_k: int | None,
-) -> Tensor:
-    """Non-maximum suppression of one image's candidates: boxes [n, 4] xyxy, scores [n], labels [n] → [m, 6]."""
-    if top_k is not None and len(scores) > top_k:
-        scores, best = scores.topk(top_k)
+class _WithMatrix(PostPrediction):
+    """Adds Matrix NMS (Wang et al., SOLOv2, 2020): scores decay by overlap instead of boxes being dropped.
+
+    Args:
+        nms_type: "iterative", or "matrix": a box counts as its best class, the best `max_predictions` of an image decay
+            each other's scores, those that stay above `conf` are kept, and `iou` has no part in it.
+        **settings: those of PostPrediction.
+    """
+
+    def __init__(
+        self,
+        conf: float = 0.001,
+        iou: float = 0.6,
+        max_predictions: int = 300,
+        class_agnostic_nms: bool = False,
+        multi_label_per_box: bool = True,
+        nms_top_k: int | None = None,
+        nms_type: NmsType = "iterative",
+    ):
+        super().__init__(conf, iou, max_predictions, class_agnostic_nms, multi_label_per_box, nms_top_k)
+        if nms_type not in ("iterative", "matrix"):
+            raise ValueError(f"nms_type is {nms_type!r}: it is 'iterative' or 'matrix'")
+        self.nms_type = nms_type
+
+    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores = self._scores(decoded[0])
+        multi = self.multi_label_per_box and self.nms_type == "iterative"
+        point, score, label = _above(scores, self.conf, multi)
+        return cxcywh_to_xyxy(boxes[point]), score, label
+
+    def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded rows [L, 5 + C] → boxes [n, 4] cxcywh, scores [n, C]."""
+        raise NotImplementedError
+
+    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        if self.nms_type == "iterative":
+            return super()._suppress(boxes, scores, labels)
+        scores, best = scores.topk(min(self.max_predictions, len(scores)))
         boxes, labels = boxes[best], labels[best]
-    keep = nms(boxes, scores, iou) if class_agnostic else batched_nms(boxes, scores, labels, iou)
-    keep = keep[:max_predictions]
-    return torch.cat((boxes[keep], scores[keep, None], labels[keep, None].to(boxes.dtype)), dim=1)
+        overlap = box_iou(boxes, boxes).triu(1)  # [better, worse]
+        if not self.class_agnostic_nms:
+            overlap = overlap * (labels[:, None] == labels)
+        if len(scores):
+            # A box that is itself overlapped by a better one has less to say.
+            most = overlap.amax(0)
+            scores = scores * torch.exp(-_MATRIX_SIGMA * (overlap**2 - most[:, None] ** 2)).triu(1).masked_fill(
+                torch.ones_like(overlap, dtype=torch.bool).tril(), 1.0
+            ).amin(0).clamp(max=1.0)
+        scores, order = scores.sort(descending=True, stable=True)
+        order = order[scores > self.conf]
+        return _rows(boxes[order], scores[: len(order)], labels[order])
+
+
+class YoloXPostPredictionCallback(_WithMatrix):
+    """Detections of YOLOX: score = objectness · class probability; a box of an objectness below `conf` is none.
+
+    Decoded: [B, L, 5 + C] = cx, cy, w, h, objectness, class probabilities. Arguments: see PostPrediction and `nms_type`,
+    "iterative" or "matrix".
+    """
+
+    kind = YOLOX
+
+    def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows[rows[:, 4] > self.conf]
+        return rows[:, :4], rows[:, 5:] * rows[:, 4:5]
+
+
+class SSDPostPredictCallback(_WithMatrix):
+    """Detections of SSD: score = class probability.
+
+    Decoded: [B, A, 5 + C] = cx, cy, w, h, the highest class probability, class probabilities. Arguments: see
+    PostPrediction and `nms_type`, "iterative" or "matrix".
+    """
+
+    kind = SSD
+
+    def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows[rows[:, 4] > self.conf]
+        return rows[:, :4], rows[:, 5:]
+
+
+class PPYoloEPostPredictionCallback(PostPrediction):
+    """Detections of PP-YOLOE and YOLO-NAS. Decoded: (boxes [B, L, 4] xyxy, scores [B, L, C]), as traced models give.
+
+    Args:
+        score_threshold: lowest score of a candidate.
+        nms_threshold: of two boxes of a class that overlap more, NMS keeps the better.
+        nms_top_k: only the best so many of an image enter NMS; None: all.
+        max_predictions: the best so many of an image are kept.
+        multi_label_per_box: a box may be detected as several classes; otherwise as its best.
+        class_agnostic_nms: boxes of different classes suppress each other too.
+    """
+
+    kind = PPYOLOE
+
+    def __init__(
+        self,
+        *,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.7,
+        nms_top_k: int | None = 1000,
+        max_predictions: int = 300,
+        multi_label_per_box: bool = True,
+        class_agnostic_nms: bool = False,
+    ):
+        super().__init__(
+            score_threshold, nms_threshold, max_predictions, class_agnostic_nms, multi_label_per_box, nms_top_k
+        )
+
+    @classmethod
+    def of(cls, **settings: Any) -> PostPrediction:
+        """Build from settings under the names that all families share, those of PostPrediction."""
+        for ours, shared in (("score_threshold", "conf"), ("nms_threshold", "iou")):
+            if shared in settings:
+                settings[ours] = settings.pop(shared)
+        return cls(**settings)
+
+    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes, scores = decoded
+        point, score, label = _above(scores, self.conf, self.multi_label_per_box)
+        return boxes[point], score, label
+
+
+def _above(scores: Tensor, threshold: float, multi_label: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [L, C] above a threshold, all of a point's or the best: point [n], score [n], label [n]."""
+    if multi_label:
+        point, label = (scores > threshold).nonzero(as_tuple=True)
+        return point, scores[point, label], label
+    if not len(scores):
+        return torch.empty(0, dtype=torch.long), scores.new_empty(0), torch.empty(0, dtype=torch.long)
+    score, label = scores.max(dim=1)
+    point = (score > threshold).nonzero().squeeze(1)
+    return point, score[point], label[point]
+
+
+def _rows(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    return torch.cat((boxes, scores[:, None], labels[:, None].to(boxes.dtype)), dim=1)

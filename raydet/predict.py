@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from raydet.boxes import xyxy_to_xywh
+from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.samples import imread
-from raydet.data.transforms import Fit, Pad, Sample, fit_scale
+from raydet.data.transforms import Fit, Pad, Sample
 from raydet.errors import RaydetError
+from raydet.models import Detector
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Config
 from raydet.training.evaluate import post_prediction
@@ -51,19 +52,19 @@ class Predictor:
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
-        self.model = model.eval().to(device)
+        self.model = (model.fuse() if isinstance(model, Detector) else model.eval()).to(device)
         self.config = config
         self.device = device
 
     @torch.no_grad()
     def predict(self, images: Sequence[npt.NDArray[np.uint8]], conf: float | None = None) -> list[Detections]:
         """Detect in images, uint8 [H, W, 3] BGR of any size; `conf` replaces the checkpoint's lowest score."""
-        size = self.config.image_size
+        size, resize = self.config.image_size, self.config.preprocessing.resize
         rng = np.random.default_rng(0)  # neither transform draws from it
         batch = np.empty((len(images), 3, *size), np.uint8)
         for slot, image in enumerate(images):
             sample = Sample(image, np.empty((0, 4), np.float32), np.empty(0, np.int32))
-            batch[slot] = Pad(size)(Fit(size)(sample, rng), rng).image.transpose(2, 0, 1)
+            batch[slot] = Pad(size, resize)(Fit(size, resize)(sample, rng), rng).image.transpose(2, 0, 1)
         thresholds = self.config.thresholds
         if conf is not None:
             thresholds = thresholds.model_copy(update={"score": conf})
@@ -75,7 +76,7 @@ class Predictor:
             labels = rows[:, 5].astype(np.int64)
             results.append(
                 Detections(
-                    (rows[:, :4] / fit_scale(width, height, size)).astype(np.float32),
+                    place(width, height, size, resize).undo(rows[:, :4]),
                     rows[:, 4],
                     labels,
                     tuple(self.config.class_names[label] for label in labels),

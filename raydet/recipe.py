@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from raydet.errors import RaydetError, did_you_mean
+from raydet.plugins import accepts, is_own, locate
 
 
 def _image_size(value: Any) -> Any:
@@ -34,11 +35,16 @@ class Section(BaseModel):
 class Model(Section):
     """The detector."""
 
-    name: str = Field("yolox_s", description="yolox_n, yolox_t, yolox_s, yolox_m, yolox_l or yolox_x")
+    name: str = Field(
+        "yolox_s",
+        description="ssd_lite_mobilenet_v2, yolox_{n,t,s,m,l,x}, ppyoloe_{s,m,l,x}, yolo_nas_{s,m,l}, or "
+        "package.module:function, yours, which is called with num_classes and returns a raydet.models.Detector",
+    )
     num_classes: int | None = Field(None, ge=1, description="classes; null: as many as the data has")
     weights: str | None = Field(
         None,
-        description="weights to start from: a raydet checkpoint, or a file under Megvii's names; null: from scratch",
+        description="weights to start from, path or URI: a raydet checkpoint, or a file under Megvii's or "
+        "super-gradients' names; null: from scratch",
     )
 
 
@@ -70,15 +76,16 @@ class Augment(Section):
     value: int = Field(30, ge=0, le=255, description="largest shift of value, of 255")
 
 
-class Loss(Section):
+class YoloXDetectionLoss(Section):
     """The loss, and the arguments of its class."""
 
-    name: Literal["YoloXFastDetectionLoss", "YoloXDetectionLoss"] = Field(
-        "YoloXFastDetectionLoss", description="YoloXFastDetectionLoss, or YoloXDetectionLoss as in the YOLOX paper"
-    )
+    name: Literal["YoloXDetectionLoss"] = Field("YoloXDetectionLoss", description="the loss of the YOLOX paper")
     iou_weight: float = Field(5.0, ge=0, description="weight of the box term")
     obj_weight: float = Field(1.0, ge=0, description="weight of the objectness term")
     cls_weight: float = Field(1.0, ge=0, description="weight of the class term")
+    cls_pos_weight: float | list[float] | None = Field(
+        None, description="weight of the positives in the class term, one number or one a class; null: 1"
+    )
     use_l1: bool = Field(False, description="add an L1 term on the raw boxes")
     iou_type: Literal["iou", "giou"] = Field("iou", description="box term: iou (1 - IoU²) or giou (1 - GIoU)")
     center_sampling_radius: float = Field(
@@ -86,21 +93,91 @@ class Loss(Section):
     )
 
 
+class YoloXFastDetectionLoss(YoloXDetectionLoss):
+    """The loss, and the arguments of its class."""
+
+    name: Literal["YoloXFastDetectionLoss"] = Field(  # type: ignore[assignment]
+        "YoloXFastDetectionLoss", description="SuperGradients' variant; YoloXDetectionLoss is that of the YOLOX paper"
+    )
+    dynamic_ks_bias: float = Field(1.1, gt=0, description="factor on the number of points that an object takes")
+    obj_loss_fix: bool = Field(False, description="divide the objectness term by the number of all anchor points")
+
+
+class PPYoloELoss(Section):
+    """The loss, and the arguments of its class."""
+
+    name: Literal["PPYoloELoss"] = Field("PPYoloELoss", description="the loss of PP-YOLOE and YOLO-NAS")
+    classification_loss_weight: float = Field(1.0, ge=0, description="weight of the class term")
+    iou_loss_weight: float = Field(2.5, ge=0, description="weight of the GIoU term")
+    dfl_loss_weight: float = Field(0.5, ge=0, description="weight of the distribution focal term")
+    use_varifocal_loss: bool = Field(True, description="class term: varifocal, else quality focal loss")
+    use_static_assigner: bool = Field(False, description="assign points by ATSS, else task-aligned")
+
+
+class SSDLoss(Section):
+    """The loss, and the arguments of its class."""
+
+    name: Literal["SSDLoss"] = Field("SSDLoss", description="the loss of SSD")
+    alpha: float = Field(1.0, ge=0, le=2, description="weight of the class term; that of the box term is 2 - alpha")
+    iou_thresh: float = Field(0.5, gt=0, lt=1, description="lowest IoU of a default box with its object")
+    neg_pos_ratio: float = Field(3.0, ge=0, description="background boxes for each one with an object")
+
+
+class OwnLoss(Section):
+    """The loss, yours, and the arguments of its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="package.module:Class; called with the arguments here and those of its base class")
+
+
+_LOSSES: dict[str, type[Section]] = {
+    kind.__name__: kind for kind in (YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss)
+}
+
+
+def _loss_kind(value: Any) -> str | None:
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    if name is None and isinstance(value, Mapping):
+        return YoloXFastDetectionLoss.__name__
+    return "OwnLoss" if is_own(str(name)) else name if name in _LOSSES else None
+
+
+Loss = Annotated[
+    Annotated[YoloXFastDetectionLoss, Tag("YoloXFastDetectionLoss")]
+    | Annotated[YoloXDetectionLoss, Tag("YoloXDetectionLoss")]
+    | Annotated[PPYoloELoss, Tag("PPYoloELoss")]
+    | Annotated[SSDLoss, Tag("SSDLoss")]
+    | Annotated[OwnLoss, Tag("OwnLoss")],
+    Discriminator(
+        _loss_kind,
+        custom_error_type="no_such_loss",
+        custom_error_message=f"name should be {', '.join(_LOSSES)} or package.module:Class",
+    ),
+]
+
+
 class Train(Section):
     """Optimization."""
 
     epochs: int = Field(300, ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step over all workers, which share them equally")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov's momentum, or adamw")
     lr: float = Field(0.02, gt=0, description="highest learning rate, for this batch size")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD, with Nesterov's form")
-    weight_decay: float = Field(5e-4, ge=0, description="of kernels; biases and norms have none")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="of kernels")
+    decay_all: bool = Field(False, description="weight decay of biases and norms too")
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises linearly from 0")
+    warmup_steps: int = Field(0, ge=0, description="the same in steps; 0: warmup_epochs says")
     cooldown_epochs: float = Field(15.0, ge=0, description="epochs at the end with the lowest learning rate")
     final_lr: float = Field(0.05, ge=0, le=1, description="lowest learning rate, as a share of the highest")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the moving average of the weights")
-    ema_ramp: float = Field(
-        15.0, gt=0, description="how fast the decay rises to that: decay · (1 - exp(-ramp · share of the run))"
+    ema_rise: Literal["exp", "threshold", "constant"] = Field(
+        "exp",
+        description="how the decay rises to that: exp (decay · (1 - exp(-ema_ramp · share of the run))), "
+        "threshold (no more than (1 + step) / (10 + step)) or constant",
     )
+    ema_ramp: float = Field(15.0, gt=0, description="of ema_rise: exp")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -113,6 +190,7 @@ class Eval(Section):
     batch_size: int = Field(16, ge=1, description="images a step and worker")
     score: float = Field(0.001, ge=0, lt=1, description="lowest score of a detection")
     iou: float = Field(0.65, gt=0, le=1, description="NMS: of two boxes that overlap more, the better stays")
+    nms_top_k: int | None = Field(None, ge=1, description="the best so many of an image enter NMS; null: all")
     max_detections: int = Field(300, ge=1, description="of an image, after NMS")
     multi_label: bool = Field(False, description="a box may be detected as several classes, else as its best")
     class_agnostic: bool = Field(False, description="NMS across classes")
@@ -148,7 +226,7 @@ class Recipe(Section):
     model: Model = Model()
     data: Data = Data()
     augment: Augment = Augment()
-    loss: Loss = Loss()
+    loss: Loss = YoloXFastDetectionLoss()
     train: Train = Train()
     eval: Eval = Eval()
     scale: Scale = Scale()
@@ -187,7 +265,8 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
             )
         tree, source = _read(path), f"recipe {recipe}"
         tree["name"] = tree.get("name") or path.stem
-    for override in overrides:
+    # Another loss first: it decides which arguments there are.
+    for override in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
         _override(tree, override)
     return _validate(tree, source)
 
@@ -199,8 +278,10 @@ def describe(recipe: Recipe) -> str:
         value = getattr(recipe, name)
         if isinstance(value, Section):
             lines += ["", f"# {value.__doc__}", f"{name}:"]
-            for key, inner in type(value).model_fields.items():
-                lines += _entry(key, getattr(value, key), inner.description or "", indent="  ")
+            fields = type(value).model_fields
+            for key, inner in value:
+                described = fields[key].description if key in fields else "argument of the class"
+                lines += _entry(key, inner, described or "", indent="  ")
         else:
             lines += _entry(name, value, field.description or "", indent="")
     return "\n".join(lines) + "\n"
@@ -251,6 +332,20 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise RaydetError(f"{override!r}: the value is not YAML; quote it") from None
     worded = key.strip() in _texts() and not isinstance(value, str | None)
     tree[last] = text if worded else value
+    if key.strip() == "loss.name" and isinstance(value, str):
+        _drop_strange_arguments(tree, value)
+
+
+def _drop_strange_arguments(loss: dict[str, Any], name: str) -> None:
+    """Of another loss' arguments in the recipe, leave those that this one has too."""
+    if is_own(name):
+        kind = locate(name, "loss.name")
+        strange = [key for key in loss if key != "name" and not accepts(kind, key)]
+    else:
+        known = _LOSSES[name].model_fields if name in _LOSSES else loss
+        strange = [key for key in loss if key not in known]
+    for key in strange:
+        del loss[key]
 
 
 def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
@@ -259,7 +354,7 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
+            key = ".".join(str(part) for part in problem["loc"] if part not in (*_LOSSES, "OwnLoss"))
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{key}: no such setting{did_you_mean(key, _keys())}")
             else:
@@ -270,8 +365,8 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
 @cache
 def _texts() -> frozenset[str]:
     """Return the settings that are text: there 2017 and no are words."""
-    sections: dict[str, type[Section]] = {"": Recipe}
-    sections |= {f"{name}.": type(value) for name, value in Recipe() if isinstance(value, Section)}
+    sections: dict[str, type[Section]] = {"": Recipe, "loss.": OwnLoss}
+    sections |= {f"{name}.": type(value) for name, value in Recipe() if isinstance(value, Section) and name != "loss"}
     return frozenset(
         prefix + key
         for prefix, section in sections.items()
@@ -282,7 +377,8 @@ def _texts() -> frozenset[str]:
 
 @cache
 def _keys() -> tuple[str, ...]:
-    return (*Recipe.model_fields, *_flat(Recipe().model_dump()))
+    losses = [f"loss.{key}" for kind in _LOSSES.values() for key in kind.model_fields]
+    return (*Recipe.model_fields, *_flat(Recipe().model_dump()), *losses)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

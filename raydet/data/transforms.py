@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import clip
+from raydet.boxes import Resize, clip, place
 
 PAD_VALUE = 114  # grey, the padding that YOLOX was trained with
 MIN_BOX_SIDE = 1.0  # pixels; what is thinner after a transform is no object to learn from
@@ -36,37 +36,37 @@ class Transform(Protocol):
         ...
 
 
-def fit_scale(width: int, height: int, size: tuple[int, int]) -> float:
-    """Return the factor that makes an image just fit into `size` = (height, width) with its aspect ratio kept."""
-    return min(size[0] / height, size[1] / width)
-
-
 @dataclass(frozen=True)
 class Fit:
-    """Scale to just fit into `size` = (height, width), the aspect ratio kept, sides rounded down as YOLOX does."""
+    """Scale to what `raydet.boxes.place` says for an input of `size` = (height, width)."""
 
     size: tuple[int, int]
+    resize: Resize = "pad_bottom_right"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         height, width = sample.image.shape[:2]
-        scale = fit_scale(width, height, self.size)
-        target = (max(1, int(width * scale)), max(1, int(height * scale)))
-        image: Any = cv2.resize(sample.image, target, interpolation=cv2.INTER_LINEAR)
-        return replace(sample, image=image, boxes=sample.boxes * np.float32(scale))
+        to = place(width, height, self.size, self.resize)
+        image: Any = cv2.resize(sample.image, (to.width, to.height), interpolation=cv2.INTER_LINEAR)
+        return replace(sample, image=image, boxes=sample.boxes * np.asarray(to.scale * 2, np.float32))
 
 
 @dataclass(frozen=True)
 class Pad:
-    """Pad at the bottom and the right to `size` = (height, width)."""
+    """Pad a fitted image to `size` = (height, width), at the bottom and the right or all around."""
 
     size: tuple[int, int]
+    resize: Resize = "pad_bottom_right"
     value: int = PAD_VALUE
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         height, width = sample.image.shape[:2]
+        top, left = 0, 0
+        if self.resize == "pad_centre":
+            top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
         canvas = np.full((*self.size, 3), self.value, np.uint8)
-        canvas[:height, :width] = sample.image
-        return replace(sample, image=canvas)
+        canvas[top : top + height, left : left + width] = sample.image
+        boxes = sample.boxes + np.asarray((left, top) * 2, np.float32)
+        return replace(sample, image=canvas, boxes=boxes)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,23 @@
 """The two losses of YOLOX: that of the paper, and the faster variant of SuperGradients.
 
 Both assign anchor points to objects by SimOTA (Ge et al., 2021): an object takes the k points that cost it least, k
-being the sum of its best IoUs. The whole batch is assigned at once. Its matrices are [M, A]: M objects of the batch, A
-anchor points of an image; shapes depend on nothing that is on the device, so that a GPU never waits for the host.
+being the sum of its best IoUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from raydet.anchors import anchor_cells, decode_yolox
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
-from raydet.losses.distributed import sum_over_ranks
+from raydet.losses.assignment import Assignment, assign_once, first_of
+from raydet.losses.base import DetectionLoss, Terms
+from raydet.outputs import YOLOX, raw_of, shapes
 
 # Constants of the paper's assignment.
 _TOP_IOUS = 10
@@ -44,37 +45,7 @@ class Predictions(NamedTuple):
     strides: Tensor
 
 
-class Assignment(NamedTuple):
-    """Which anchor points learn which objects: E entries, of which those in `keep` count.
-
-    Attributes:
-        points: [E] anchor point in the batch, image · A + point.
-        objects: [E] row of the targets.
-        ious: [E] of the prediction and the object.
-        keep: [E] bool; a point is kept at most once.
-    """
-
-    points: Tensor
-    objects: Tensor
-    ious: Tensor
-    keep: Tensor
-
-
-class Terms(NamedTuple):
-    """What the loss of a batch is made of, before any division.
-
-    Attributes:
-        per_image: [B, 4] sums of iou, obj, cls and l1 over each image.
-        foreground: [] assigned anchor points.
-        objects: [] objects.
-    """
-
-    per_image: Tensor
-    foreground: Tensor
-    objects: Tensor
-
-
-class YoloXDetectionLoss(nn.Module):
+class YoloXDetectionLoss(DetectionLoss):
     """YOLOX's loss: IoU, objectness, class and, at the end of a training, L1 on the raw boxes.
 
     Every sum is divided by the number of assigned anchor points, over all ranks of a distributed run: given the same
@@ -123,35 +94,19 @@ class YoloXDetectionLoss(nn.Module):
             "cls_pos_weight", None if cls_pos_weight is None else torch.tensor(cls_pos_weight), persistent=False
         )
 
-    def forward(self, outputs: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and its components.
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of iou, obj, cls and l1."""
+        return self.iou_weight, self.obj_weight, self.cls_weight, 1.0
 
-        Args:
-            outputs: the model's output, in training mode (three raw maps [B, 1, H, W, 5 + C]) or in evaluation mode.
-            targets: [N, 6] image index, class, cx, cy, w, h in pixels, on any device.
+    def components(self, divided: Tensor, weighted: Tensor, terms: Terms) -> Tensor:
+        """Return the terms before weighting, assigned points an object, and the loss."""
+        num_fg = terms.normaliser / terms.counts[0].clamp(min=1)
+        return torch.cat((divided, torch.stack((num_fg, weighted.sum()))))
 
-        Returns:
-            The loss, a scalar to call backward on, and the components in the order of `component_names`, detached: the
-            terms before weighting, assigned points an object, the loss; the same on every rank.
-        """
-        terms = self.terms(outputs, targets)
-        sums = terms.per_image.sum(0)
-        totals, world_size = sum_over_ranks(torch.cat((sums, torch.stack((terms.foreground, terms.objects)))))
-        weights = sums.new_tensor([self.iou_weight, self.obj_weight, self.cls_weight, 1.0])
-        divisors = self.divisors(totals[4].clamp(min=1), outputs, world_size)
-        # Ranks average their gradients, so each multiplies its share by their number.
-        loss = (sums * weights / divisors).sum() * world_size
-        components = totals[:4] / divisors
-        logged = ((components * weights).sum(), totals[4] / totals[5].clamp(min=1))
-        return loss, torch.cat((components, torch.stack((logged[1], logged[0]))))
-
-    def divisors(self, foreground: Tensor, outputs: Sequence[Tensor], world_size: int) -> Tensor:
-        """Return what each of the four sums is divided by, over all ranks [4]."""
-        return foreground.expand(4)
-
-    def terms(self, outputs: Sequence[Tensor], targets: Tensor) -> Terms:
-        """Return this rank's sums, undivided and unweighted, and what to divide them by."""
-        predictions = flatten(raw_maps(outputs, self.num_classes), self.strides)
+    def terms(self, outputs: Any, targets: Tensor) -> Terms:
+        """Return the sums of iou, obj, cls and l1, the assigned points, and (objects, all points) as counts."""
+        predictions = flatten(self._raw_maps(outputs), self.strides)
         targets = targets.to(predictions.boxes.device, torch.float32, non_blocking=True)
         with torch.no_grad():
             assigned = self.assign(predictions, targets)
@@ -163,7 +118,8 @@ class YoloXDetectionLoss(nn.Module):
         boxes = torch.where(assigned.keep[:, None], predictions.boxes.reshape(-1, 4)[assigned.points], wanted)
         box_loss = 1 - iou(boxes, wanted) ** 2 if self.iou_type == "iou" else 1 - giou(boxes, wanted).clamp(-1, 1)
 
-        labels = F.one_hot(objects[:, 1].long(), self.num_classes) * assigned.ious[:, None]
+        ious = iou(predictions.boxes.detach().reshape(-1, 4)[assigned.points], wanted)
+        labels = F.one_hot(objects[:, 1].long(), self.num_classes) * ious[:, None]
         logits = predictions.classes.reshape(-1, self.num_classes)[assigned.points]
         cls_loss = _bce(logits, labels, pos_weight=self.cls_pos_weight).sum(1)
 
@@ -183,7 +139,8 @@ class YoloXDetectionLoss(nn.Module):
             0, objects[:, 0].long(), torch.stack((box_loss, cls_loss, l1_loss), dim=1) * weight[:, None]
         )
         per_image = torch.stack((of_image[:, 0], obj_loss, of_image[:, 1], of_image[:, 2]), dim=1)
-        return Terms(per_image, weight.sum(), weight.new_tensor(float(len(targets))))
+        counts = [torch.full((), float(count), device=weight.device) for count in (len(targets), images * points)]
+        return Terms(per_image, weight.sum(), torch.stack(counts))
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
         """SimOTA over the batch. Targets: [M, 6] on the predictions' device."""
@@ -193,20 +150,16 @@ class YoloXDetectionLoss(nn.Module):
         candidate = candidate.index_add_(0, image, (near | inside).int())[image] > 0
         cost, ious = _cost(predictions, targets, near & inside, candidate)
         _, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, 1.0), most=_TOP_IOUS)
+        return assign_once(points, chosen, image, -cost, len(predictions.objectness))
 
-        # A point that several objects chose goes to the object of the image which it costs least, chosen or not.
-        flat = image[:, None] * cost.shape[1] + points
-        times = torch.zeros(predictions.objectness.numel(), dtype=torch.int32, device=flat.device)
-        times.index_add_(0, flat.reshape(-1), chosen.reshape(-1).int())
-        row = image[:, None].expand_as(cost)
-        lowest = torch.full_like(predictions.objectness, torch.inf).scatter_reduce_(0, row, cost, "amin")
-        number = torch.arange(len(targets), device=flat.device)
-        mine = torch.where(cost == lowest[image], number[:, None], len(targets))
-        owner = torch.full_like(lowest, len(targets), dtype=torch.int64).scatter_reduce_(0, row, mine, "amin")
-        objects = torch.where(times[flat] > 1, owner.reshape(-1)[flat], number[:, None])
-        keep = chosen & _first(flat, chosen, times.numel())
-        matched = objects.clamp(max=max(len(targets) - 1, 0))
-        return Assignment(flat.reshape(-1), matched.reshape(-1), ious[matched, points].reshape(-1), keep.reshape(-1))
+    def _raw_maps(self, outputs: Any) -> Sequence[Tensor]:
+        maps: Sequence[Tensor] = raw_of(outputs, YOLOX, type(self).__name__)
+        if len(maps) != len(self.strides) or any(m.shape[-1] != 5 + self.num_classes for m in maps):
+            raise ValueError(
+                f"{type(self).__name__} for {self.num_classes} classes takes {len(self.strides)} maps "
+                f"[B, 1, H, W, {5 + self.num_classes}], not {shapes(maps)}"
+            )
+        return maps
 
     def _near_and_inside(self, predictions: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[M, A] each: is the point near the object's centre, is it inside the object."""
@@ -256,13 +209,11 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         self.dynamic_ks_bias = dynamic_ks_bias
         self.obj_loss_fix = obj_loss_fix
 
-    def divisors(self, foreground: Tensor, outputs: Sequence[Tensor], world_size: int) -> Tensor:
-        """Return what each of the four sums is divided by, over all ranks [4]."""
-        divisors = super().divisors(foreground, outputs, world_size)
-        if self.obj_loss_fix:
-            points = sum(raw[..., 0].numel() for raw in raw_maps(outputs, self.num_classes))
-            divisors = torch.where(torch.arange(4, device=divisors.device) == 1, float(points * world_size), divisors)
-        return divisors
+    def divisors(self, terms: Terms) -> Tensor:
+        """Return what each of the four sums is divided by [4]."""
+        foreground = super().divisors(terms)
+        objectness = terms.counts[1] if self.obj_loss_fix else foreground
+        return torch.stack((foreground, objectness, foreground, foreground))
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
         """The variant of SimOTA described above. Targets: [M, 6] on the predictions' device."""
@@ -278,24 +229,9 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         lowest = torch.full((predictions.objectness.numel(),), torch.inf, device=flat.device)
         lowest.scatter_reduce_(0, flat.reshape(-1), offer.reshape(-1), "amin")
         chosen = chosen & (best == lowest[flat])
-        keep = chosen & _first(flat, chosen, lowest.numel())
+        keep = chosen & first_of(flat, chosen, lowest.numel())
         objects = torch.arange(len(targets), device=flat.device)[:, None].expand_as(flat)
-        return Assignment(flat.reshape(-1), objects.reshape(-1), ious.gather(1, points).reshape(-1), keep.reshape(-1))
-
-
-def raw_maps(outputs: Sequence[Tensor], num_classes: int) -> Sequence[Tensor]:
-    """Return the three raw maps of a YOLOX output in either mode.
-
-    Raises:
-        ValueError: the output is not of a YOLOX with this number of classes.
-    """
-    maps = outputs[1] if len(outputs) == 2 else outputs
-    shapes = [tuple(m.shape) if isinstance(m, Tensor) else type(m).__name__ for m in maps]
-    if len(shapes) != 3 or any(not isinstance(s, tuple) or len(s) != 5 or s[-1] != 5 + num_classes for s in shapes):
-        raise ValueError(
-            f"a YOLOX loss for {num_classes} classes takes three maps [B, 1, H, W, {5 + num_classes}], not {shapes}"
-        )
-    return maps  # type: ignore[return-value]
+        return Assignment(flat.reshape(-1), objects.reshape(-1), keep.reshape(-1))
 
 
 def flatten(maps: Sequence[Tensor], strides: Sequence[int]) -> Predictions:
@@ -338,14 +274,6 @@ def _cheapest(cost: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor, Tenso
     best, points = cost.topk(min(most, cost.shape[1]), dim=1, largest=False)
     rank = torch.arange(best.shape[1], device=cost.device)
     return best, points, (rank < k[:, None]) & best.isfinite()
-
-
-def _first(flat: Tensor, chosen: Tensor, size: int) -> Tensor:
-    """Of the chosen entries [M, K] with the same point, True for the first."""
-    number = torch.arange(flat.numel(), device=flat.device)
-    first = torch.full((size,), flat.numel(), device=flat.device)
-    first.scatter_reduce_(0, flat.reshape(-1), torch.where(chosen.reshape(-1), number, flat.numel()), "amin")
-    return (first[flat.reshape(-1)] == number).reshape(flat.shape)
 
 
 def _bce(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:

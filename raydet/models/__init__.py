@@ -4,55 +4,94 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from raydet.errors import RaydetError, did_you_mean
-from raydet.models import yolox
+from raydet.models import ppyoloe, reference_weights, ssd, yolo_nas, yolox
 from raydet.models.family import Detector, Family, Preprocessing
-from raydet.models.reference_weights import load_weights
-from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, YoloX_X
+from raydet.models.ppyoloe import PPYoloE_L, PPYoloE_M, PPYoloE_S, PPYoloE_X
+from raydet.models.reference_weights import Weights
+from raydet.models.ssd import SSDLiteMobileNetV2
+from raydet.models.yolo_nas import YoloNAS_L, YoloNAS_M, YoloNAS_S
+from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, YoloX_X, YoloXHead, YoloXPAN
 
 __all__ = [
     "FAMILIES",
     "Detector",
     "Family",
+    "PPYoloE_L",
+    "PPYoloE_M",
+    "PPYoloE_S",
+    "PPYoloE_X",
     "Preprocessing",
+    "SSDLiteMobileNetV2",
+    "YoloNAS_L",
+    "YoloNAS_M",
+    "YoloNAS_S",
+    "YoloXHead",
+    "YoloXPAN",
     "YoloX_L",
     "YoloX_M",
     "YoloX_N",
     "YoloX_S",
     "YoloX_T",
     "YoloX_X",
+    "build",
     "family_of",
     "get",
     "load_weights",
 ]
 
-FAMILIES: dict[str, Family] = {name: family for family in (yolox.FAMILY,) for name in family.models}
+FAMILIES: tuple[Family, ...] = (ssd.FAMILY, yolox.FAMILY, ppyoloe.FAMILY, yolo_nas.FAMILY)
+_BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.models}
 
 
-def family_of(name: str) -> Family:
-    """Return the family of a model's name.
+def family_of(model: str | nn.Module) -> Family:
+    """Return the family of a model's name, or of a model by its head.
 
     Raises:
-        RaydetError: no model has this name.
+        RaydetError: there is none.
     """
-    if name not in FAMILIES:
-        raise RaydetError(f"no model is named {name!r}{did_you_mean(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
-    return FAMILIES[name]
+    if isinstance(model, str):
+        if model not in _BY_NAME:
+            known = ", ".join(_BY_NAME)
+            raise RaydetError(f"no model is named {model!r}{did_you_mean(model, _BY_NAME)} (known: {known})")
+        return _BY_NAME[model]
+    head = getattr(model, "head", None)
+    for family in FAMILIES:
+        if isinstance(head, family.head):
+            return family
+    heads = ", ".join(family.head.__name__ for family in FAMILIES)
+    raise RaydetError(f"{type(model).__name__} has none of the heads that raydet has losses for: {heads}")
 
 
-def get(name: str, num_classes: int = 80, weights: str | Path | None = None) -> Detector:
+def get(
+    name: str,
+    num_classes: int = 80,
+    weights: str | Path | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Detector:
     """Build a detector.
 
     Args:
-        name: yolox_n, yolox_t, yolox_s, yolox_m, yolox_l or yolox_x.
+        name: such as yolox_s, ppyoloe_s, yolo_nas_s or ssd_lite_mobilenet_v2.
         num_classes: of the prediction layers.
-        weights: path of a checkpoint, of raydet or under Megvii's names. Prediction layers for another class count
-            start afresh, and a warning says so. Nothing is ever downloaded.
+        weights: path or URI of a checkpoint, of raydet or under Megvii's or super-gradients' names. Prediction layers
+            for another class count start afresh, and a warning says so. Nothing is ever downloaded but the URI.
+        image_size: (height, width) in pixels, for a model that is built for one size, SSD; None: its own.
 
     Raises:
         RaydetError: no such model, no such file, or a file of another model.
     """
-    model = family_of(name).models[name](num_classes)
+    family = family_of(name)
+    fixed = {"image_size": image_size} if family.fixed_size and image_size is not None else {}
+    model = family.models[name](num_classes, **fixed)
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def load_weights(model: Detector, weights: str | Path, strict: bool = False) -> Weights:
+    """Load a checkpoint of any known project into a model: see `raydet.models.reference_weights.load_weights`."""
+    adapters = [adapter for family in FAMILIES for adapter in family.adapters]
+    return reference_weights.load_weights(model, weights, adapters, strict)

@@ -7,7 +7,19 @@ from torch import Tensor, nn
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, SiLU; padded so that stride 1 keeps the size."""
+    """Convolution without bias, batch norm, activation; padded so that stride 1 keeps the size.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel: side in pixels.
+        stride: in pixels.
+        groups: of channels that do not mix.
+        padding: None: (kernel - 1) // 2.
+        act: class of the activation.
+        eps: of the norm; its default and momentum's are those of YOLOX and YOLO-NAS.
+        momentum: of the norm's statistics.
+    """
 
     def __init__(
         self,
@@ -17,12 +29,15 @@ class Conv(nn.Module):
         stride: int = 1,
         groups: int = 1,
         padding: int | None = None,
+        act: type[nn.Module] = nn.SiLU,
+        eps: float = 1e-3,
+        momentum: float = 0.03,
     ):
         super().__init__()
         padding = (kernel - 1) // 2 if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU(inplace=True)
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
+        self.act = activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] → [B, out, H / stride, W / stride]."""
@@ -78,21 +93,151 @@ class CSPLayer(nn.Module):
         return y
 
 
-class SPP(nn.Module):
+class Pyramid(nn.Module):
     """Spatial pyramid pooling: the map beside its maxima over 5, 9 and 13 pixels (He et al., 2014)."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self) -> None:
         super().__init__()
-        hidden = in_channels // 2
-        self.conv1 = Conv(in_channels, hidden, 1)
-        self.conv2 = Conv(4 * hidden, out_channels, 1)
         # The maximum over 9 is that over 5 of that over 5, and so on: three small pools instead of three growing ones.
         self.pool = nn.MaxPool2d(5, stride=1, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] → [B, out, H, W]."""
-        x = self.conv1(x)
+        """[B, C, H, W] → [B, 4 · C, H, W]."""
         over5 = self.pool(x)
         over9 = self.pool(over5)
-        y: Tensor = self.conv2(torch.cat((x, over5, over9, self.pool(over9)), dim=1))
+        return torch.cat((x, over5, over9, self.pool(over9)), dim=1)
+
+
+class SPP(nn.Module):
+    """A pyramid between two convolutions of 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, act: type[nn.Module] = nn.SiLU):
+        super().__init__()
+        hidden = in_channels // 2
+        self.conv1 = Conv(in_channels, hidden, 1, act=act)
+        self.pyramid = Pyramid()
+        self.conv2 = Conv(4 * hidden, out_channels, 1, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] → [B, out, H, W]."""
+        y: Tensor = self.conv2(self.pyramid(self.conv1(x)))
         return y
+
+
+class RepVGG(nn.Module):
+    """A 3x3 and a 1x1 convolution side by side, which become one (Ding et al., RepVGG, 2021)."""
+
+    def __init__(self, channels: int, act: type[nn.Module], eps: float, momentum: float):
+        super().__init__()
+        self.branch_3x3 = Conv(channels, channels, 3, act=nn.Identity, eps=eps, momentum=momentum)
+        self.branch_1x1 = Conv(channels, channels, 1, act=nn.Identity, eps=eps, momentum=momentum)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape."""
+        y: Tensor = self.act(self.branch_3x3(x) + self.branch_1x1(x))
+        return y
+
+    def reparametrised(self) -> nn.Module:
+        """Return one convolution with the activation: the same function in evaluation mode."""
+        wide = fold_norm(self.branch_3x3.conv, self.branch_3x3.bn)
+        narrow = fold_norm(self.branch_1x1.conv, self.branch_1x1.bn)
+        return nn.Sequential(_sum_of(wide, narrow), self.act)
+
+
+class QARepVGG(nn.Module):
+    """RepVGG that survives quantization: one branch has a norm, their sum has another (Chu et al., QARepVGG, 2022).
+
+    Where stride and channels allow it, the input is a third branch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, act: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.branch_3x3 = Conv(in_channels, out_channels, 3, stride, act=nn.Identity)
+        # Of every stride-th pixel, taken by slicing: with a stride of its own, oneDNN's kernel for channels-last images
+        # crashes in the backward pass of a model's first layer (seen with torch 2.14.1 on a CPU).
+        self.branch_1x1 = nn.Conv2d(in_channels, out_channels, 1)
+        self.stride = stride
+        self.identity = stride == 1 and in_channels == out_channels
+        self.post_bn = nn.BatchNorm2d(out_channels, self.branch_3x3.bn.eps, self.branch_3x3.bn.momentum)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] → [B, out, H / stride, W / stride]."""
+        y = self.branch_3x3(x) + self.branch_1x1(x[..., :: self.stride, :: self.stride])
+        result: Tensor = self.act(self.post_bn(y + x if self.identity else y))
+        return result
+
+    def reparametrised(self) -> nn.Module:
+        """Return one convolution with the activation: the same function in evaluation mode."""
+        conv = _sum_of(fold_norm(self.branch_3x3.conv, self.branch_3x3.bn), self.branch_1x1)
+        if self.identity:
+            channel = torch.arange(conv.out_channels, device=conv.weight.device)
+            with torch.no_grad():
+                conv.weight[channel, channel, 1, 1] += 1
+        return nn.Sequential(fold_norm(conv, self.post_bn), self.act)
+
+
+def activation(kind: type[nn.Module]) -> nn.Module:
+    """Return an activation of a class, which writes over its input where it can."""
+    return kind() if kind is nn.Identity else kind(inplace=True)
+
+
+def reparametrise(model: nn.Module) -> None:
+    """Replace the blocks of several branches by one convolution each, for evaluation only."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, RepVGG | QARepVGG):
+            setattr(model, name, child.reparametrised())
+        else:
+            reparametrise(child)
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Fold the batch norms that follow a convolution in a `Conv` or an `nn.Sequential` into it, for evaluation only."""
+    for module in list(model.modules()):
+        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv, module.bn = fold_norm(module.conv, module.bn), nn.Identity()  # type: ignore[assignment]
+        elif isinstance(module, nn.Sequential):
+            for number in range(len(module) - 1):
+                conv, norm = module[number], module[number + 1]
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    module[number], module[number + 1] = fold_norm(conv, norm), nn.Identity()
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return one convolution that does what a convolution and a norm in evaluation mode do."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    fused = _with_bias(conv)
+    with torch.no_grad():
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        fused.weight.copy_(conv.weight * scale[:, None, None, None])
+        before = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
+        fused.bias.copy_((before - norm.running_mean) * scale + norm.bias)  # type: ignore[union-attr]
+    return fused
+
+
+def _sum_of(wide: nn.Conv2d, narrow: nn.Conv2d) -> nn.Conv2d:
+    """Return a 3x3 convolution for the sum of one and a 1x1 convolution, which both have a bias."""
+    assert wide.bias is not None
+    assert narrow.bias is not None
+    fused = _with_bias(wide)
+    with torch.no_grad():
+        fused.weight.copy_(wide.weight + nn.functional.pad(narrow.weight, (1, 1, 1, 1)))
+        fused.bias.copy_(wide.bias + narrow.bias)  # type: ignore[union-attr]
+    return fused
+
+
+def _with_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return a convolution of the same shape with a bias, its values unset."""
+    return nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )

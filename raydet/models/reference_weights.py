@@ -1,43 +1,38 @@
-"""Checkpoints of the projects that the detectors come from, under our names.
+"""Checkpoints of the projects that the detectors come from, and raydet's own.
 
-| names of | file | licence |
-|---|---|---|
-| Megvii's YOLOX | `yolox_*.pth`: {"model": tensors}, or the tensors alone | Apache-2.0 |
-| raydet | a checkpoint folder, or its `model.safetensors` | that of the weights it began with |
+A file holds tensors by name, alone or under a key such as "model" or "ema_net"; each family knows how to translate the
+names of its reference projects (`Family.adapters`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raydet.errors import RaydetError
+from raydet.models.family import Adapter, Detector
 
 logger = logging.getLogger(__name__)
 
 _WHERE_TO_GET = (
     "{weights!r} is neither a weights file nor a checkpoint folder, and raydet downloads none. For YOLOX on COCO, get "
     "the .pth of your model from the releases of github.com/Megvii-BaseDetection/YOLOX (yolox_nano.pth for yolox_n, "
-    "yolox_tiny.pth for yolox_t, yolox_s.pth …; licence Apache-2.0), and pass its path: model.weights=PATH, or "
+    "yolox_tiny.pth for yolox_t, yolox_s.pth …; licence Apache-2.0); checkpoints of super-gradients are read too. Pass "
+    "the path, or a URI such as s3://bucket/yolox_s.pth: model.weights=PATH, or "
     "raydet.models.get(name, num_classes, weights=PATH)"
 )
 
-# Megvii's names → ours, each on the start of a name; the rest of our names are theirs.
-_MEGVII = (
-    (re.compile(r"^backbone\.((?:lateral|reduce|bu)_conv\d|C3_[pn]\d)\."), r"neck.\1."),
-    (re.compile(r"^backbone\.backbone\.stem\.conv\."), "backbone.stem."),
-    (re.compile(r"^backbone\.backbone\."), "backbone."),
-)
-
+# Where trainers keep the tensors in their files, the moving average first.
+_KEYS = ("ema_net", "net", "model", "state_dict")
 
 # YOLOX's own trainer keeps its best AP as a NumPy number beside the weights.
 _scalar = np.float64(0).__reduce__()[0]
@@ -63,8 +58,12 @@ class Weights:
     licence: str
 
 
-def read_weights(weights: str | Path) -> Weights:
-    """Read a checkpoint and rename its tensors.
+def read_weights(weights: str | Path, adapters: Sequence[Adapter]) -> Weights:
+    """Read a checkpoint and translate the names of its tensors.
+
+    Args:
+        weights: path or URI of a weights file, or path of a checkpoint folder.
+        adapters: of all families; which one fits is seen from the names.
 
     Raises:
         RaydetError: there is no such file, it cannot be read safely, or its names are of no known project.
@@ -72,80 +71,93 @@ def read_weights(weights: str | Path) -> Weights:
     path = Path(weights)
     if path.is_dir():
         path = path / "model.safetensors"
-    if not path.is_file():
+    if "://" in str(weights):
+        tensors = _tensors(str(weights), _fetch(str(weights)))
+    elif path.is_file():
+        tensors = _tensors(str(path), path.read_bytes())
+    else:
         raise RaydetError(_WHERE_TO_GET.format(weights=str(weights)))
-    tensors = _tensors(path)
-    if any(name.startswith("backbone.backbone.") for name in tensors):
-        return Weights(_from_megvii(tensors), "Megvii's YOLOX", "Apache-2.0 (Megvii YOLOX)")
-    if any(name.startswith("head.") for name in tensors) and any(name.startswith("backbone.") for name in tensors):
+    for adapter in adapters:
+        if adapter.knows(tensors):
+            return Weights(adapter.translate(tensors), adapter.source, adapter.licence)
+    if all(any(name.startswith(part) for name in tensors) for part in ("backbone.", "neck.", "head.")):
         return Weights(tensors, "raydet", _own_licence(path.parent / "config.json"))
     raise RaydetError(
-        f"{path}: tensors like {next(iter(tensors), '(none)')} are of no model known here; "
-        "raydet reads its own checkpoints and those of Megvii's YOLOX"
+        f"{weights}: tensors like {next(iter(tensors), '(none)')} are of no model known here; raydet reads its own "
+        f"checkpoints, and {', '.join(adapter.source for adapter in adapters)}"
     )
 
 
-def load_weights(model: nn.Module, weights: str | Path, strict: bool = False) -> Weights:
+def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapter], strict: bool = False) -> Weights:
     """Load a checkpoint into a model; prediction layers of another class count stay as they are, with a warning.
 
     Args:
         model: to load into.
-        weights: path.
+        weights: path or URI.
+        adapters: see `read_weights`.
         strict: refuse other class counts too.
 
     Raises:
         RaydetError: tensors are missing, left over or of another shape; the message names some.
     """
-    read = read_weights(weights)
+    read = read_weights(weights, adapters)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = {name: tensor for name, tensor in read.tensors.items() if not name.endswith("num_batches_tracked")}
-    replaced = [name for name in own if "cls_preds" in name and name in given and own[name].shape != given[name].shape]
+    shapes = {name: (given[name].shape, own[name].shape) for name in own if name in given}
+    differ = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    replaced = [name for name, (a, b) in differ.items() if ".cls_preds." in name and a[1:] == b[1:]]
     wrong = [f"{name} {list(given[name].shape)}" for name in given if name not in own]
     wrong += [f"{name} is missing" for name in own if name not in given]
-    wrong += [
-        f"{name} {list(given[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in given and name not in replaced and own[name].shape != given[name].shape
-    ]
+    wrong += [f"{name} {list(a)} instead of {list(b)}" for name, (a, b) in differ.items() if name not in replaced]
     if wrong:
         raise RaydetError(
-            f"{weights} is not of a {type(model).__name__}: {len(wrong)} tensors do not fit, such as "
-            + "; ".join(wrong[:3])
+            f"{weights} (a checkpoint of {read.source}) is not of a {type(model).__name__}: "
+            f"{len(wrong)} tensors do not fit, such as {'; '.join(wrong[:3])}"
         )
     if replaced and strict:
-        count, wanted = len(given[replaced[0]]), len(own[replaced[0]])
-        raise RaydetError(f"{weights} detects {count} classes, the data has {wanted}: train it on them first")
+        raise RaydetError(f"{weights} is not for the {model.num_classes} classes of the data: train it on them first")
     if replaced:
         logger.warning(
-            "%s is for %d classes: the class prediction layers for %d classes start afresh",
+            "%s is for other classes: the layers that predict the %d classes here start afresh",
             weights,
-            len(given[replaced[0]]),
-            len(own[replaced[0]]),
+            model.num_classes,
         )
     model.load_state_dict({name: tensor for name, tensor in given.items() if name not in replaced}, strict=False)
     return read
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _fetch(uri: str) -> bytes:
+    from pyarrow import fs
+
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        with filesystem.open_input_stream(path) as stream:
+            content: bytes = stream.read()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RaydetError(f"{uri} cannot be read: {reason}") from None
+    return content
+
+
+def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
+    if source.endswith(".safetensors"):
+        from safetensors.torch import load
 
         try:
-            tensors: dict[str, Tensor] = load_file(path)
+            tensors: dict[str, Tensor] = load(file)
         except Exception as error:  # safetensors has its own, outside the usual tree
-            raise RaydetError(f"{path} is damaged: {error}") from None
+            raise RaydetError(f"{source} is damaged: {error}") from None
         return tensors
     try:
         with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = str(error).strip().partition("\n")[0]
-        raise RaydetError(f"{path} is not a checkpoint that can be loaded safely: {reason}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+        raise RaydetError(f"{source} is not a checkpoint that can be loaded safely: {reason}") from None
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise RaydetError(f"{path} holds no tensors by name")
+        raise RaydetError(f"{source} holds no tensors by name")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -154,23 +166,3 @@ def _own_licence(config: Path) -> str:
         return str(json.loads(config.read_text())["licence"])
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown: the checkpoint's config.json is not beside it"
-
-
-def _from_megvii(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def ours(name: str) -> str:
-        for pattern, replacement in _MEGVII:
-            name = pattern.sub(replacement, name)
-        return name
-
-    stem = "backbone.backbone.stem.conv.conv.weight"
-    return {ours(name): _focus_as_convolution(tensor) if name == stem else tensor for name, tensor in tensors.items()}
-
-
-def _focus_as_convolution(kernel: Tensor) -> Tensor:
-    """[C, 12, 3, 3] over the four slices of Focus → [C, 3, 6, 6] of stride 2 over the pixels, the same function."""
-    if kernel.shape[1:] != (12, 3, 3):
-        raise RaydetError(f"the stem of this YOLOX is {list(kernel.shape)}, not a Focus of [C, 12, 3, 3]")
-    pixels = kernel.new_empty(len(kernel), 3, 6, 6)
-    for slot, (row, column) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-        pixels[:, :, row::2, column::2] = kernel[:, 3 * slot : 3 * slot + 3]
-    return pixels

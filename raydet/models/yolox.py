@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raydet.anchors import anchor_cells, decode_yolox
-from raydet.losses.yolox import YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.errors import RaydetError
+from raydet.losses import YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models.blocks import SPP, Conv, CSPLayer, DepthwiseConv
-from raydet.models.family import Detector, Family, Preprocessing
+from raydet.models.dfl import PRIOR_LOGIT
+from raydet.models.family import Adapter, Detector, Family, Preprocessing
 from raydet.postprocess import YoloXPostPredictionCallback
 
 STRIDES = (8, 16, 32)
@@ -53,13 +55,18 @@ class CSPDarknet(nn.Module):
 
 
 class YoloXPAN(nn.Module):
-    """Path aggregation: features go from coarse to fine, then back (Liu et al., PANet, 2018)."""
+    """Path aggregation: features go from coarse to fine, then back (Liu et al., PANet, 2018).
 
-    def __init__(self, in_channels: tuple[int, int, int], depth: float, depthwise: bool):
+    Args:
+        in_channels: of the maps at strides 8, 16 and 32, and of the results.
+        blocks: bottlenecks of each layer.
+        depthwise: of depthwise convolutions.
+    """
+
+    def __init__(self, in_channels: Sequence[int], blocks: int = 1, depthwise: bool = False):
         super().__init__()
         spatial = DepthwiseConv if depthwise else Conv
         p3, p4, p5 = in_channels
-        blocks = max(round(3 * depth), 1)
 
         def csp(in_channels: int, out_channels: int) -> CSPLayer:
             return CSPLayer(in_channels, out_channels, blocks, shortcut=False, spatial=spatial)
@@ -73,7 +80,7 @@ class YoloXPAN(nn.Module):
         self.C3_n3 = csp(2 * p3, p4)
         self.bu_conv1 = spatial(p4, p4, 3, 2)
         self.C3_n4 = csp(2 * p4, p5)
-        self.out_channels = in_channels
+        self.out_channels = tuple(in_channels)
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Maps at strides 8, 16 and 32 → the same shapes."""
@@ -92,12 +99,19 @@ class YoloXHead(nn.Module):
     Training: list of raw maps [B, 1, H / s, W / s, 5 + C], last axis = box (4), objectness, classes, all before any
     activation. Evaluation: (decoded [B, L, 5 + C] = cx, cy, w, h in pixels, objectness and class probabilities, the raw
     maps).
+
+    Args:
+        in_channels: of the three maps.
+        num_classes: C.
+        hidden: channels of the branches.
+        depthwise: of depthwise convolutions.
     """
 
-    def __init__(self, in_channels: tuple[int, int, int], width: float, num_classes: int, depthwise: bool):
+    post_prediction = YoloXPostPredictionCallback
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int, hidden: int, depthwise: bool = False):
         super().__init__()
         spatial = DepthwiseConv if depthwise else Conv
-        hidden = int(256 * width)
 
         def branch() -> nn.Sequential:
             return nn.Sequential(spatial(hidden, hidden, 3), spatial(hidden, hidden, 3))
@@ -110,8 +124,7 @@ class YoloXHead(nn.Module):
         self.reg_preds = nn.ModuleList(nn.Conv2d(hidden, 4, 1) for _ in in_channels)
         self.obj_preds = nn.ModuleList(nn.Conv2d(hidden, 1, 1) for _ in in_channels)
         for prediction in (*self.cls_preds, *self.obj_preds):
-            # Start from a probability of 0.01: nearly all anchor points are background (Lin et al., 2017).
-            nn.init.constant_(prediction.bias, -math.log((1 - 0.01) / 0.01))
+            nn.init.constant_(prediction.bias, PRIOR_LOGIT)
 
     def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Any:
         """Maps at strides 8, 16 and 32 → see the class."""
@@ -140,13 +153,10 @@ class YoloX(Detector):
 
     def __init__(self, num_classes: int = 80):
         backbone = CSPDarknet(self.depth, self.width, self.depthwise)
-        neck = YoloXPAN(backbone.out_channels, self.depth, self.depthwise)
-        head = YoloXHead(neck.out_channels, self.width, num_classes, self.depthwise)
-        super().__init__(backbone, neck, head, num_classes)
-
-    def get_post_prediction_callback(self, **settings: Any) -> YoloXPostPredictionCallback:
-        """Return what turns this model's evaluation output into detections; the settings are the callback's."""
-        return YoloXPostPredictionCallback(**settings)
+        neck = YoloXPAN(backbone.out_channels, max(round(3 * self.depth), 1), self.depthwise)
+        super().__init__(
+            backbone, neck, YoloXHead(neck.out_channels, num_classes, int(256 * self.width), self.depthwise)
+        )
 
 
 class YoloX_N(YoloX):
@@ -185,6 +195,41 @@ class YoloX_X(YoloX):
     depth, width = 1.33, 1.25
 
 
+def _focus_as_convolution(kernel: Tensor) -> Tensor:
+    """[C, 12, 3, 3] over the four slices of Focus → [C, 3, 6, 6] of stride 2 over the pixels, the same function."""
+    if kernel.shape[1:] != (12, 3, 3):
+        raise RaydetError(f"the stem of this YOLOX is {list(kernel.shape)}, not a Focus of [C, 12, 3, 3]")
+    pixels = kernel.new_empty(len(kernel), 3, 6, 6)
+    for slot, (row, column) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+        pixels[:, :, row::2, column::2] = kernel[:, 3 * slot : 3 * slot + 3]
+    return pixels
+
+
+# super-gradients numbers the parts: those of its `_backbone`, then those of its `_head`, which is our neck and head.
+_SG_BACKBONE = (
+    "stem",
+    "dark2.0",
+    "dark2.1",
+    "dark3.0",
+    "dark3.1",
+    "dark4.0",
+    "dark4.1",
+    "dark5.0",
+    "dark5.1",
+    "dark5.2",
+)
+_SG_HEAD = {
+    0: "neck.lateral_conv0",
+    3: "neck.C3_p4",
+    4: "neck.reduce_conv1",
+    7: "neck.C3_p3",
+    8: "neck.bu_conv2",
+    10: "neck.C3_n3",
+    11: "neck.bu_conv1",
+    13: "neck.C3_n4",
+    14: "head",
+}
+
 FAMILY = Family(
     name="YOLOX",
     models={
@@ -195,6 +240,37 @@ FAMILY = Family(
         "yolox_l": YoloX_L,
         "yolox_x": YoloX_X,
     },
+    head=YoloXHead,
     losses=(YoloXFastDetectionLoss, YoloXDetectionLoss),
-    preprocessing=Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+    preprocessing=Preprocessing(),
+    adapters=(
+        Adapter(
+            source="YOLOX under Megvii's names",
+            licence="Apache-2.0 (Megvii YOLOX)",
+            mark=r"^backbone\.backbone\.",
+            renames=(
+                (r"^backbone\.((?:lateral|reduce|bu)_conv\d|C3_[pn]\d)\.", r"neck.\1."),
+                (r"^backbone\.backbone\.stem\.conv\.", "backbone.stem."),
+                (r"^backbone\.backbone\.", "backbone."),
+            ),
+            convert={"backbone.stem.conv.weight": _focus_as_convolution},
+        ),
+        Adapter(
+            source="YOLOX under super-gradients' names",
+            licence="Apache-2.0 (super-gradients)",
+            mark=r"^_backbone\._modules_list\.",
+            renames=(
+                # Of a depthwise pair, before names like it appear.
+                (r"\.conv\.(?=conv\.|bn\.)", ".pconv."),
+                *(
+                    (rf"^_backbone\._modules_list\.{number}\.", f"backbone.{name}.")
+                    for number, name in enumerate(_SG_BACKBONE)
+                ),
+                *((rf"^_head\._modules_list\.{number}\.", f"{name}.") for number, name in _SG_HEAD.items()),
+                (r"\.bottlenecks\.(\d+)\.cv", r".m.\1.conv"),
+                (r"^backbone\.dark5\.1\.cv", "backbone.dark5.1.conv"),
+            ),
+        ),
+    ),
+    recipe="yolox_finetune",
 )

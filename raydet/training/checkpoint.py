@@ -19,9 +19,10 @@ from torch import nn
 from raydet import models
 from raydet.errors import RaydetError
 from raydet.models import Detector, Preprocessing
+from raydet.plugins import call, is_own, locate
 from raydet.recipe import Eval
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Config:
     """What must be known to use a model's weights; kept as config.json.
 
     Attributes:
-        model: name in `raydet.models`, empty for a model of the user's own.
+        model: name in `raydet.models`, or `package.module:function`; empty for an object of the user's own.
         class_names: name of each label.
         category_ids: the data set's own id of each label.
         image_size: (height, width) the model was trained at, in pixels.
@@ -50,13 +51,27 @@ class Config:
         """Return the model, with weights of its own.
 
         Raises:
-            RaydetError: the model is the user's own.
+            RaydetError: the model is the user's own, and has no name or cannot be imported.
         """
         if not self.model:
             raise RaydetError(
                 "this checkpoint is of a model that raydet does not know: build it, and pass it as model="
             )
-        return models.get(self.model, len(self.class_names))
+        return build(self.model, len(self.class_names), self.image_size)
+
+
+def build(name: str, num_classes: int, image_size: tuple[int, int]) -> Detector:
+    """Build a model by a name of raydet's, or by a user's `package.module:function` of the number of classes.
+
+    Raises:
+        RaydetError: there is none of this name, or what the function returns is no Detector.
+    """
+    if not is_own(name):
+        return models.get(name, num_classes, image_size=image_size)
+    model = call(locate(name, "model.name"), f"model.name: {name}", num_classes=num_classes)
+    if not isinstance(model, Detector):
+        raise RaydetError(f"model.name: {name} returns a {type(model).__name__}, not a raydet.models.Detector")
+    return model
 
 
 def save(
@@ -84,8 +99,8 @@ def save(
         ],
         "image_size": config.image_size,
         "preprocessing": {
-            "channels": "BGR, 0 to 255",
-            "fit": "aspect ratio kept, padded at the bottom and the right with 114",
+            "channels": config.preprocessing.channels,
+            "resize": config.preprocessing.resize,
             "mean": config.preprocessing.mean,
             "std": config.preprocessing.std,
         },
@@ -126,7 +141,10 @@ def read_config(folder: Path) -> Config:
             category_ids=tuple(entry["id"] for entry in content["classes"]),
             image_size=tuple(content["image_size"]),
             preprocessing=Preprocessing(
-                tuple(content["preprocessing"]["mean"]), tuple(content["preprocessing"]["std"])
+                tuple(content["preprocessing"]["mean"]),
+                tuple(content["preprocessing"]["std"]),
+                content["preprocessing"]["channels"],
+                content["preprocessing"]["resize"],
             ),
             thresholds=Eval(**content["thresholds"]),
             licence=content["licence"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raydet.data.batch import Batch
 from raydet.data.index import Index
-from raydet.data.transforms import fit_scale
+from raydet.boxes import place
 from raydet.metrics import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.recipe import Eval
@@ -28,6 +28,7 @@ def post_prediction(model: Any, thresholds: Eval) -> Callable[[Any], list[Tensor
         max_predictions=thresholds.max_detections,
         multi_label_per_box=thresholds.multi_label,
         class_agnostic_nms=thresholds.class_agnostic,
+        nms_top_k=thresholds.nms_top_k,
     )
     return callback
 
@@ -67,8 +68,9 @@ def evaluate(
         detections = []
         rows = batch.rows.tolist()
         for row, found in zip(rows, callback(model(images)), strict=True):
-            found[:, :4] /= fit_scale(*index.size(row), (height, width))
-            detections.append(found.cpu().numpy())
+            rows_found = found.cpu().numpy()
+            rows_found[:, :4] = place(*index.size(row), (height, width), preprocessing.resize).undo(rows_found[:, :4])
+            detections.append(rows_found)
         evaluation.update(rows, detections)
         done = min(done + ranks * len(rows), len(index))
         if (now := time.monotonic()) > due:

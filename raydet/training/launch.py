@@ -23,6 +23,7 @@ from raydet.data.samples import Samples
 from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import RaydetError, user_error
 from raydet.metrics import MAIN_METRIC
+from raydet.outputs import shapes
 from raydet.predict import pick_device
 from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
@@ -101,7 +102,8 @@ def train(
         metrics = checkpoint.read_json(folder / _SUMMARY)["metrics"]
         return Result(folder, checkpoint.find(folder), metrics, finished_before=True)
 
-    streams = train_samples(settings, train_index), val_samples(settings, val_index)
+    resize = job.config.preprocessing.resize
+    streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
     if debug:
         world = LocalWorld(job, *streams, device=pick_device(device))
         world.show_first_batch(say)
@@ -159,7 +161,7 @@ def evaluate(
             )
         base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
         job = replace(base, config=config)
-    streams = None, val_samples(settings, val_index)
+    streams = None, val_samples(settings, val_index, job.config.preprocessing.resize)
     storage = Path(settings.storage).expanduser().resolve()
     storage.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
@@ -231,7 +233,7 @@ class LocalWorld:
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         outputs = model(self._job.config.preprocessing(batch.images))
         model.load_state_dict(state)  # the forward pass has moved the norms' statistics
-        say(f"images {_shape(batch.images)}  targets {_shape(batch.targets)}  outputs {_shapes(outputs)}")
+        say(f"images {shapes(batch.images)}  targets {shapes(batch.targets)}  outputs {shapes(outputs)}")
         pictures = []
         for number, image in enumerate(batch.images):
             mine = batch.targets[batch.targets[:, 0] == number]
@@ -484,15 +486,3 @@ def _relay(path: Path, say: Callable[[str], Any]) -> Iterator[None]:
 
 def _checkpoint_name(epoch: int) -> str:
     return f"checkpoint_{epoch:06d}"
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
-
-
-def _shapes(outputs: Any) -> str:
-    if isinstance(outputs, torch.Tensor):
-        return _shape(outputs)
-    if isinstance(outputs, list | tuple):
-        return "[" + ", ".join(_shapes(item) for item in outputs) + "]"
-    return str(outputs)

@@ -29,7 +29,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     criterion = job.criterion.to(device)
     optimizer = make_optimizer(model, settings)
     schedule = Schedule.of(settings, total)
-    average = EMA(model, settings.ema_decay, settings.ema_ramp, total)
+    average = EMA(model, settings, total)
     step = 0
     metrics: dict[str, float] = {}
     with world.checkpoint() as folder:
@@ -159,7 +159,8 @@ class Meter:
         assert self._sum is not None
         loss, *means = (self._sum / self._steps).tolist()
         values = dict(zip(self._names, means, strict=True))
-        values.pop("Loss", None)  # what YOLOX calls the sum
+        for name in ("Loss", "loss"):  # what the families call the sum
+            values.pop(name, None)
         seconds = time.monotonic() - self._since
         speed, wait = self._images / seconds, self._waited / seconds
         self._reset()
@@ -196,13 +197,15 @@ def _opening(job: Job, world: World, schedule: Schedule, step: int) -> Iterator[
     )
     per_epoch = job.total_steps / settings.epochs
     for what, steps, wanted in (
-        ("warm-up", schedule.warmup, settings.warmup_epochs),
+        ("warm-up", schedule.warmup, settings.warmup_steps / per_epoch or settings.warmup_epochs),
         ("cooldown", schedule.cooldown, settings.cooldown_epochs),
     ):
         if steps < round(wanted * per_epoch):
             yield f"the {what} of {wanted:g} epochs is too long for this run: shortened to {steps / per_epoch:.2f}"
     if settings.batch_size > job.train_images:
         yield f"a step takes {settings.batch_size} images, but there are {job.train_images}: lower train.batch_size"
+    if job.config.licence:
+        yield f"weights: {job.recipe.model.weights}; licence: {job.config.licence}"
     if step:
         yield f"resumed after step {step}"
 

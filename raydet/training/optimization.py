@@ -1,4 +1,4 @@
-"""SGD, its learning-rate schedule, and the moving average of the weights."""
+"""The optimizer, its learning-rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from torch import nn
 from raydet.recipe import Train
 
 
-def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.SGD:
-    """SGD with Nesterov's momentum; biases and norms (all that has one dimension) are not decayed."""
+def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum, or AdamW; biases and norms (all that has one dimension) may go without decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "weight_decay": settings.weight_decay if settings.decay_all else 0.0,
+        },
     ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 
 
@@ -44,7 +49,8 @@ class Schedule:
     def of(cls, settings: Train, total: int) -> Schedule:
         """Return the schedule of a run; warm-up and cooldown shrink to half of a run that is too short for them."""
         per_epoch = total / settings.epochs
-        warmup, cooldown = settings.warmup_epochs * per_epoch, settings.cooldown_epochs * per_epoch
+        warmup = settings.warmup_steps or settings.warmup_epochs * per_epoch
+        cooldown = settings.cooldown_epochs * per_epoch
         if warmup + cooldown > total:
             shrink = total / 2 / (warmup + cooldown)
             warmup, cooldown = warmup * shrink, cooldown * shrink
@@ -63,12 +69,12 @@ class Schedule:
 class EMA:
     """Exponential moving average of a model's weights and norm statistics, which is what is validated and kept.
 
-    Its decay after step t of T is decay · (1 - exp(-ramp · t / T)), so that it follows the young model closely.
+    Its decay rises, so that it follows the young model closely: see `ema_rise` of the recipe.
     """
 
-    def __init__(self, model: nn.Module, decay: float, ramp: float, total_steps: int):
+    def __init__(self, model: nn.Module, settings: Train, total_steps: int):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._decay, self._ramp, self._total = decay, ramp, total_steps
+        self._settings, self._total = settings, total_steps
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         self._ours = [ours for ours, _ in pairs if ours.is_floating_point()]
         self._theirs = [theirs for _, theirs in pairs if theirs.is_floating_point()]
@@ -77,7 +83,12 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after `step` steps."""
-        decay = self._decay * (1 - math.exp(-self._ramp * step / self._total))
-        torch._foreach_lerp_(self._ours, self._theirs, 1 - decay)
+        torch._foreach_lerp_(self._ours, self._theirs, 1 - self._decay(step))
         for ours, theirs in self._counters:
             ours.copy_(theirs)
+
+    def _decay(self, step: int) -> float:
+        decay = self._settings.ema_decay
+        if self._settings.ema_rise == "exp":
+            return decay * (1 - math.exp(-self._settings.ema_ramp * step / self._total))
+        return min(decay, (1 + step) / (10 + step)) if self._settings.ema_rise == "threshold" else decay

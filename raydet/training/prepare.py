@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from raydet import losses, models
+from raydet.boxes import Resize
 from raydet.data.coco import load_coco
 from raydet.data.index import Index
 from raydet.data.samples import Samples
 from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Transform
 from raydet.errors import RaydetError
-from raydet.models import Family, load_weights
+from raydet.models import Detector, Family, load_weights
+from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Data, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
-from raydet.training.checkpoint import Config, find, read_json
+from raydet.training.checkpoint import Config, build, find, read_json
 from raydet.training.run import Job
 
 
@@ -37,22 +39,23 @@ def load_index(data: Data, split: str) -> Index:
     return load_coco(root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images"))
 
 
-def train_samples(recipe: Recipe, index: Index) -> Samples:
+def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     """Return the training stream's samples."""
     size, augment = recipe.data.image_size, recipe.augment
     transforms: tuple[Transform, ...] = (
-        Fit(size),
+        Fit(size, resize),
         HorizontalFlip(augment.horizontal_flip),
         HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
-        Pad(size),
+        Pad(size, resize),
     )
     return Samples(index, transforms, size, recipe.data.chunk_size, recipe.seed)
 
 
-def val_samples(recipe: Recipe, index: Index) -> Samples:
+def val_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     """Return the validation stream's samples."""
     size = recipe.data.image_size
-    return Samples(index, (Fit(size), Pad(size)), size, recipe.data.chunk_size, recipe.seed, shuffle=False)
+    transforms = Fit(size, resize), Pad(size, resize)
+    return Samples(index, transforms, size, recipe.data.chunk_size, recipe.seed, shuffle=False)
 
 
 def make_job(
@@ -83,29 +86,31 @@ def make_job(
             f"model.num_classes is {count}, but the data has {len(names)} classes ({_some(names)}); "
             "set it to null or correct the data"
         )
-    family = models.family_of(recipe.model.name)
-    licence = ""
+    licence, name = "", ""
     if model is None:
         torch.manual_seed(recipe.seed)
-        model = family.models[recipe.model.name](len(names))
+        name = recipe.model.name
+        model = build(name, len(names), recipe.data.image_size)
         if recipe.model.weights is not None:
-            weights = Path(recipe.model.weights).expanduser()
-            weights = find(weights) if weights.is_dir() else weights
+            source = Path(recipe.model.weights).expanduser()
+            weights = find(source) if source.is_dir() else recipe.model.weights
             # To measure prediction layers that nobody has trained would be a mistake.
             licence = load_weights(model, weights, strict=train_index is None).licence
-        name = recipe.model.name
+    if isinstance(model, Detector):
+        family = models.family_of(model)
+        _check_image_size(model, recipe)
     else:
-        name = ""
+        family = models.family_of(recipe.model.name)
     config = Config(
         model=name,
         class_names=names,
         category_ids=val_index.category_ids,
         image_size=recipe.data.image_size,
-        preprocessing=family.preprocessing,
+        preprocessing=getattr(model, "preprocessing", None) or family.preprocessing,
         thresholds=recipe.eval,
         licence=licence,
     )
-    criterion = loss if loss is not None else _make_loss(recipe, family, len(names))
+    criterion = loss if loss is not None else _make_loss(recipe, family, model)
     train_images = len(train_index) if train_index is not None else 0
     return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 
@@ -193,13 +198,27 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {workers} equally")
 
 
-def _make_loss(recipe: Recipe, family: Family, num_classes: int) -> nn.Module:
+def _check_image_size(model: Detector, recipe: Recipe) -> None:
+    try:
+        model.check_size(*recipe.data.image_size)
+    except ValueError as error:
+        raise RaydetError(f"data.image_size: {error}") from None
+
+
+def _make_loss(recipe: Recipe, family: Family, model: nn.Module) -> nn.Module:
     settings = recipe.loss.model_dump()
-    kind: type[nn.Module] = getattr(losses, settings.pop("name"))
-    if kind not in family.losses:
-        fitting = ", ".join(loss.__name__ for loss in family.losses)
-        raise RaydetError(f"loss.name: {kind.__name__} is not a loss of {family.name}; its losses are {fitting}")
-    return kind(num_classes=num_classes, **settings)
+    name: str = settings.pop("name")
+    kind: type[nn.Module] = locate(name, "loss.name") if is_own(name) else getattr(losses, name)
+    strangers = [other for other in models.FAMILIES if issubclass(kind, other.losses)]
+    if strangers and not issubclass(kind, family.losses):
+        raise RaydetError(
+            f"loss.name: {name} is a loss of {' and '.join(other.name for other in strangers)}, the model is of "
+            f"{family.name}; its losses are {', '.join(loss.__name__ for loss in family.losses)}. The recipe "
+            f"{family.recipe} has both"
+        )
+    known = {key: value for key, value in family.loss_arguments(model).items() if accepts(kind, key)}
+    criterion: nn.Module = call(kind, f"loss.name: {name}", **known, **settings)
+    return criterion
 
 
 def _some(names: Sequence[str]) -> str:

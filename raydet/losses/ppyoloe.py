@@ -1,0 +1,219 @@
+"""The loss of PP-YOLOE (Xu et al., 2022) and YOLO-NAS: class scores that foretell the box's quality, GIoU, DFL.
+
+Anchor points are assigned to objects by ATSS (Zhang et al., 2020), which looks at the boxes alone and suits a young
+model, or by TOOD's task-aligned assigner (Feng et al., 2021), which asks the model which points predict an object best.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raydet.anchors import decode_dfl
+from raydet.boxes import cxcywh_to_xyxy, giou, iou
+from raydet.losses.assignment import Assignment, assign_once
+from raydet.losses.base import DetectionLoss, Terms
+from raydet.outputs import PPYOLOE, DFLOutput, raw_of
+
+# Constants of the two papers.
+_ATSS_POINTS_A_LEVEL = 9
+_TAL_POINTS, _TAL_BETA = 13, 6
+_INSIDE = 1e-9  # pixels from the edge of an object at which a point is inside
+_EPS = 1e-9
+# Of varifocal and focal loss.
+_ALPHA, _FOCAL_ALPHA, _GAMMA = 0.75, 0.25, 2
+
+
+class Predictions(NamedTuple):
+    """A model's output in float32.
+
+    Attributes:
+        logits: [B, L, C].
+        distances: [B, L, 4 · (reg_max + 1)] before the softmax.
+        boxes: [B, L, 4] xyxy in pixels, without gradient.
+        anchors: [L, 4] xyxy in pixels.
+        points: [L, 2] in pixels.
+        strides: [L, 1] in pixels.
+        levels: points of each level.
+    """
+
+    logits: Tensor
+    distances: Tensor
+    boxes: Tensor
+    anchors: Tensor
+    points: Tensor
+    strides: Tensor
+    levels: list[int]
+
+
+class PPYoloELoss(DetectionLoss):
+    """Classification against the quality of the assigned box, GIoU, and distribution focal loss (DFL).
+
+    Each is divided by the sum of the assigned qualities. That of a point is the IoU of its box with ATSS; with the
+    task-aligned assigner it is the alignment (score · IoU⁶), scaled so that an object's best point has its best IoU.
+
+    Args:
+        num_classes: C.
+        use_varifocal_loss: varifocal loss (Zhang et al., 2020), else quality focal loss.
+        use_static_assigner: assign by ATSS, else task-aligned. May be changed during a training.
+        reg_max: the longest distance that the model can express, in strides; None: whatever the model's is.
+        classification_loss_weight: weight of the class term.
+        iou_loss_weight: weight of the GIoU term.
+        dfl_loss_weight: weight of the DFL term.
+    """
+
+    component_names = ("loss_cls", "loss_iou", "loss_dfl", "loss")
+
+    def __init__(
+        self,
+        num_classes: int = 80,
+        use_varifocal_loss: bool = True,
+        use_static_assigner: bool = True,
+        reg_max: int | None = None,
+        classification_loss_weight: float = 1.0,
+        iou_loss_weight: float = 2.5,
+        dfl_loss_weight: float = 0.5,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.use_varifocal_loss = use_varifocal_loss
+        self.use_static_assigner = use_static_assigner
+        self.reg_max = reg_max
+        self.classification_loss_weight = classification_loss_weight
+        self.iou_loss_weight = iou_loss_weight
+        self.dfl_loss_weight = dfl_loss_weight
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of loss_cls, loss_iou and loss_dfl."""
+        return self.classification_loss_weight, self.iou_loss_weight, self.dfl_loss_weight
+
+    def components(self, divided: Tensor, weighted: Tensor, terms: Terms) -> Tensor:
+        """Return the terms after weighting, and the loss."""
+        return torch.cat((weighted, weighted.sum().view(1)))
+
+    def terms(self, outputs: Any, targets: Tensor) -> Terms:
+        """Return the sums of the class, IoU and DFL terms, and the sum of the assigned qualities."""
+        predictions = self._predictions(outputs)
+        targets = targets.to(predictions.logits.device, torch.float32, non_blocking=True)
+        objects = cxcywh_to_xyxy(targets[:, 2:])
+        with torch.no_grad():
+            if self.use_static_assigner:
+                assigned, quality = _atss(predictions, targets, objects)
+            else:
+                assigned, quality = _task_aligned(predictions, targets, objects)
+        images, points = predictions.logits.shape[:2]
+        image, point = assigned.points // points, assigned.points % points
+        stride, centre, wanted = predictions.strides[point], predictions.points[point], objects[assigned.objects]
+
+        distances = predictions.distances.reshape(images * points, -1)[assigned.points]
+        # An entry that does not count is compared with itself, so that it is finite whatever was predicted there.
+        boxes = torch.where(assigned.keep[:, None], decode_dfl(distances, centre, stride), wanted)
+        box_loss = (1 - giou(boxes, wanted)) * quality
+        sides = torch.cat((centre - wanted[:, :2], wanted[:, 2:] - centre), dim=1) / stride
+        dfl_loss = _distribution_focal(distances, sides) * quality
+
+        # The class term of a background point needs no target: all points are taken for that, and those that learn an
+        # object are corrected.
+        label = targets[assigned.objects, 1].long()
+        logits = predictions.logits.reshape(images * points, -1)[assigned.points, label]
+        positive = (self._class_loss(logits, quality, 1.0) - self._class_loss(logits, 0.0, 0.0)) * assigned.keep
+        background = self._class_loss(predictions.logits, 0.0, 0.0).sum((1, 2))
+        of_image = background.new_zeros(images, 3).index_add_(0, image, torch.stack((positive, box_loss, dfl_loss), 1))
+        per_image = of_image + F.pad(background[:, None], (0, 2))
+        return Terms(per_image, quality.sum(), quality.new_zeros(0))
+
+    def _class_loss(self, logits: Tensor, quality: Tensor | float, label: float) -> Tensor:
+        """Loss of logits whose target is `quality` where they are of the object's class (label 1), else 0."""
+        probability = logits.sigmoid()
+        entropy = F.softplus(logits) - quality * logits
+        if self.use_varifocal_loss:
+            weight = quality if label else _ALPHA * probability**_GAMMA
+            return weight * entropy
+        weight = (probability - quality) ** _GAMMA
+        if self.use_static_assigner:
+            weight = weight * (_FOCAL_ALPHA * quality + (1 - _FOCAL_ALPHA) * (1 - quality))
+        return weight * entropy
+
+    def _predictions(self, outputs: Any) -> Predictions:
+        name = type(self).__name__
+        raw = DFLOutput(*raw_of(outputs, PPYOLOE, name))
+        bins = raw.reg_logits.shape[-1] // 4
+        if raw.cls_logits.shape[-1] != self.num_classes:
+            raise ValueError(f"{name} is for {self.num_classes} classes, the output has {raw.cls_logits.shape[-1]}")
+        if self.reg_max is not None and bins != self.reg_max + 1:
+            raise ValueError(f"{name} has reg_max {self.reg_max}, the output that of {bins - 1}")
+        distances = raw.reg_logits.float()
+        with torch.no_grad():
+            boxes = decode_dfl(distances, raw.anchor_points, raw.stride)
+        return Predictions(
+            raw.cls_logits.float(),
+            distances,
+            boxes,
+            raw.anchors,
+            raw.anchor_points,
+            raw.stride,
+            list(raw.num_anchors_list),
+        )
+
+
+def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[Assignment, Tensor]:
+    """Assign by the anchor boxes' IoU; return the assignment and the quality of its entries [E].
+
+    An object's candidates are the points nearest to its centre, some of each level; it takes those within it whose
+    anchor box overlaps it by more than the mean and a standard deviation of all of these.
+    """
+    image = targets[:, 0].long()
+    overlap = iou(objects[:, None], predictions.anchors)
+    distance = (targets[:, None, 2:4] - predictions.points).square().sum(-1)
+    nearest, first = [], 0
+    for size in predictions.levels:
+        of_level = distance[:, first : first + size]
+        nearest.append(of_level.topk(min(_ATSS_POINTS_A_LEVEL, size), dim=1, largest=False).indices + first)
+        first += size
+    points = torch.cat(nearest, dim=1)
+    candidates = overlap.gather(1, points)
+    threshold = candidates.mean(1, keepdim=True) + candidates.std(1, keepdim=True)
+    chosen = (candidates > threshold) & _inside(predictions.points[points], objects[:, None])
+    assigned = assign_once(points, chosen, image, overlap, len(predictions.logits))
+    quality = iou(predictions.boxes.reshape(-1, 4)[assigned.points], objects[assigned.objects])
+    return assigned, quality * assigned.keep
+
+
+def _task_aligned(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[Assignment, Tensor]:
+    """Assign by score · IoU⁶; return the assignment and the quality of its entries [E]."""
+    image, label = targets[:, 0].long(), targets[:, 1].long()
+    overlap = iou(objects[:, None], predictions.boxes[image])
+    alignment = predictions.logits[image, :, label].sigmoid() * overlap**_TAL_BETA
+    within = alignment.masked_fill(~_inside(predictions.points, objects[:, None]), -1.0)
+    best, points = within.topk(min(_TAL_POINTS, within.shape[1]), dim=1)
+    assigned = assign_once(points, best >= 0, image, overlap, len(predictions.logits))
+    point = assigned.points % overlap.shape[1]
+
+    def of_entries(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of the entries, and the highest of each entry's object."""
+        mine = values[assigned.objects, point] * assigned.keep
+        highest = mine.new_zeros(len(targets)).scatter_reduce_(0, assigned.objects, mine, "amax")
+        return mine, highest[assigned.objects]
+
+    mine, highest = of_entries(alignment)
+    return assigned, mine / (highest + _EPS) * of_entries(overlap)[1]
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """Are points [..., 2] within boxes [..., 4]? Shapes broadcast."""
+    return torch.minimum(points - boxes[..., :2], boxes[..., 2:] - points).amin(-1) > _INSIDE
+
+
+def _distribution_focal(logits: Tensor, distances: Tensor) -> Tensor:
+    """DFL [E] of logits [E, 4 · bins] for distances [E, 4] in strides: cross-entropy with the two nearest bins."""
+    bins = logits.shape[-1] // 4
+    distances = distances.clamp(0, bins - 1 - 0.01)
+    below = distances.long()
+    share = distances - below
+    log = logits.unflatten(-1, (4, bins)).log_softmax(-1)
+    low, high = (log.gather(-1, index[..., None]).squeeze(-1) for index in (below, below + 1))
+    return -(low * (1 - share) + high * share).mean(-1)
