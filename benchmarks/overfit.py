@@ -56,7 +56,8 @@ def choose(annotations: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def write_subset(content: dict[str, Any], chosen: list[dict[str, Any]], repeats: int, path: Path) -> None:
     """Write a COCO file of the chosen images, each so many times."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for _ in range(repeats):
         for image in chosen:
             number = len(images) + 1

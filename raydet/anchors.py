@@ -46,7 +46,7 @@ def decode_dfl(raw: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     The distance to each side is the mean of a softmax over 0, 1, … strides; `points` are [A, 2] in pixels.
     """
     bins = raw.shape[-1] // 4
-    distribution = raw.float().unflatten(-1, (4, bins)).softmax(-1)
+    distribution = raw.float().reshape(*raw.shape[:-1], 4, bins).softmax(-1)
     distances = (distribution @ torch.arange(bins, dtype=torch.float32, device=raw.device)) * strides
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
 
@@ -84,7 +84,7 @@ def ssd_default_boxes(image_size: tuple[int, int]) -> Tensor:
 
 
 def decode_ssd(raw: Tensor, default_boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """SSD's raw boxes [B, A, 4] → cx, cy, w, h in pixels; default boxes [A, 4] as above, image_size = (height, width)."""
+    """SSD's raw boxes [B, A, 4] → cx, cy, w, h in pixels of images of (height, width); default boxes as above."""
     centres = default_boxes[:, :2] + raw[..., :2] * SSD_VARIANCES[0] * default_boxes[:, 2:]
     sizes = default_boxes[:, 2:] * (raw[..., 2:] * SSD_VARIANCES[1]).exp()
     pixels = torch.cat((centres, sizes), dim=-1)

@@ -70,11 +70,13 @@ class Placement:
 
     def apply(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Boxes [..., 4] xyxy in pixels of the image → of the input."""
-        return boxes * self._scales(boxes) + self._offsets(boxes)
+        placed: npt.NDArray[Any] = boxes * self._scales(boxes) + self._offsets(boxes)
+        return placed
 
     def undo(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Boxes [..., 4] xyxy in pixels of the input → of the image."""
-        return (boxes - self._offsets(boxes)) / self._scales(boxes)
+        original: npt.NDArray[Any] = (boxes - self._offsets(boxes)) / self._scales(boxes)
+        return original
 
     def _scales(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.asarray(self.scale * 2, like.dtype)
@@ -90,9 +92,9 @@ def place(width: int, height: int, size: tuple[int, int], resize: Resize) -> Pla
         width: of the image.
         height: of the image.
         size: of the input.
-        resize: "pad_bottom_right": the aspect ratio kept, the image in the corner, its sides rounded down, as YOLOX does;
-            "pad_centre": likewise in the middle, with a margin of 2 pixels at least, rounded to the nearest, as YOLO-NAS
-            does; "stretch": to the whole input, as PP-YOLOE does.
+        resize: "pad_bottom_right", as YOLOX: the aspect ratio kept, sides rounded down, the image in the corner;
+            "pad_centre", as YOLO-NAS: sides rounded to the nearest, the image in the middle, with 2 pixels around it;
+            "stretch", as PP-YOLOE: to the whole input.
     """
     if resize == "stretch":
         return Placement(size[1], size[0], 0, 0, (size[1] / width, size[0] / height))

@@ -35,7 +35,7 @@ class DFLOutput(NamedTuple):
 
 
 def kind_of(outputs: Any) -> str:
-    """Return whose training or evaluation output this is: `YOLOX`, `PPYOLOE`, `SSD`, or its shapes if it is nobody's."""
+    """Return whose training or evaluation output this is, `YOLOX`, `PPYOLOE` or `SSD`; if nobody's, its shapes."""
     raw = outputs[1] if _is_decoded(outputs) else outputs
     if isinstance(raw, list | tuple):
         dimensions = [item.ndim if isinstance(item, Tensor) else None for item in raw]

@@ -128,11 +128,9 @@ class _WithMatrix(PostPrediction):
         if not self.class_agnostic_nms:
             overlap = overlap * (labels[:, None] == labels)
         if len(scores):
-            # A box that is itself overlapped by a better one has less to say.
-            most = overlap.amax(0)
-            scores = scores * torch.exp(-_MATRIX_SIGMA * (overlap**2 - most[:, None] ** 2)).triu(1).masked_fill(
-                torch.ones_like(overlap, dtype=torch.bool).tril(), 1.0
-            ).amin(0).clamp(max=1.0)
+            # A box that a better one overlaps has less to say.
+            most = overlap.amax(0)[:, None]
+            scores = scores * torch.exp(_MATRIX_SIGMA * (most**2 - overlap**2)).amin(0)
         scores, order = scores.sort(descending=True, stable=True)
         order = order[scores > self.conf]
         return _rows(boxes[order], scores[: len(order)], labels[order])
@@ -141,8 +139,8 @@ class _WithMatrix(PostPrediction):
 class YoloXPostPredictionCallback(_WithMatrix):
     """Detections of YOLOX: score = objectness · class probability; a box of an objectness below `conf` is none.
 
-    Decoded: [B, L, 5 + C] = cx, cy, w, h, objectness, class probabilities. Arguments: see PostPrediction and `nms_type`,
-    "iterative" or "matrix".
+    Decoded: [B, L, 5 + C] = cx, cy, w, h, objectness, class probabilities. Arguments: those of PostPrediction, and
+    `nms_type`, "iterative" or "matrix".
     """
 
     kind = YOLOX
@@ -155,8 +153,8 @@ class YoloXPostPredictionCallback(_WithMatrix):
 class SSDPostPredictCallback(_WithMatrix):
     """Detections of SSD: score = class probability.
 
-    Decoded: [B, A, 5 + C] = cx, cy, w, h, the highest class probability, class probabilities. Arguments: see
-    PostPrediction and `nms_type`, "iterative" or "matrix".
+    Decoded: [B, A, 5 + C] = cx, cy, w, h, the highest class probability, class probabilities. Arguments: those of
+    PostPrediction, and `nms_type`, "iterative" or "matrix".
     """
 
     kind = SSD
@@ -213,8 +211,6 @@ def _above(scores: Tensor, threshold: float, multi_label: bool) -> tuple[Tensor,
     if multi_label:
         point, label = (scores > threshold).nonzero(as_tuple=True)
         return point, scores[point, label], label
-    if not len(scores):
-        return torch.empty(0, dtype=torch.long), scores.new_empty(0), torch.empty(0, dtype=torch.long)
     score, label = scores.max(dim=1)
     point = (score > threshold).nonzero().squeeze(1)
     return point, score[point], label[point]

@@ -332,8 +332,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise RaydetError(f"{override!r}: the value is not YAML; quote it") from None
     worded = key.strip() in _texts() and not isinstance(value, str | None)
     tree[last] = text if worded else value
-    if key.strip() == "loss.name" and isinstance(value, str):
-        _drop_strange_arguments(tree, value)
+    if key.strip() == "loss.name":
+        _drop_strange_arguments(tree, str(tree[last]))
 
 
 def _drop_strange_arguments(loss: dict[str, Any], name: str) -> None:
@@ -357,6 +357,8 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
             key = ".".join(str(part) for part in problem["loc"] if part not in (*_LOSSES, "OwnLoss"))
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{key}: no such setting{did_you_mean(key, _keys())}")
+            elif problem["type"] == "no_such_loss":
+                problems.append(f"{key}.{problem['msg']}, not {problem['input'].get('name')!r}")
             else:
                 problems.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
         raise RaydetError(f"{source}: {'; '.join(problems)}") from None

@@ -51,7 +51,7 @@ def assign_once(points: Tensor, chosen: Tensor, image: Tensor, score: Tensor, im
 
 
 def best_objects(score: Tensor, image: Tensor, images: int) -> Tensor:
-    """[M, A] scores → [B, A] the object of the image with the highest one, the first of equals; M where there is none."""
+    """[M, A] scores → [B, A] the object of the image that has the highest, the first of equals; M if there is none."""
     row = image[:, None].expand_as(score)
     highest = score.new_full((images, score.shape[1]), -torch.inf).scatter_reduce_(0, row, score, "amax")
     number = torch.arange(len(image), device=image.device)[:, None]

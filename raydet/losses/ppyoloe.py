@@ -214,6 +214,7 @@ def _distribution_focal(logits: Tensor, distances: Tensor) -> Tensor:
     distances = distances.clamp(0, bins - 1 - 0.01)
     below = distances.long()
     share = distances - below
-    log = logits.unflatten(-1, (4, bins)).log_softmax(-1)
+    log = logits.reshape(-1, 4, bins).log_softmax(-1)
     low, high = (log.gather(-1, index[..., None]).squeeze(-1) for index in (below, below + 1))
-    return -(low * (1 - share) + high * share).mean(-1)
+    loss: Tensor = -(low * (1 - share) + high * share).mean(-1)
+    return loss

@@ -49,4 +49,5 @@ def dfl_output(
     if module.training:
         return raw
     decoded = decode_dfl(reg_logits, points, steps), cls_logits.float().sigmoid()
-    return decoded if torch.jit.is_tracing() else (decoded, raw)
+    traced: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    return decoded if traced else (decoded, raw)

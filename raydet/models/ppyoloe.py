@@ -136,8 +136,9 @@ class CSPPAN(nn.Module):
         for level, feature in enumerate(reversed(features)):
             if level:
                 route = F.interpolate(self.fpn_routes[level - 1](down[-1]), scale_factor=2.0)
-                feature = torch.cat((route, feature), dim=1)
-            down.append(self.fpn_stages[level](feature))
+                down.append(self.fpn_stages[level](torch.cat((route, feature), dim=1)))
+            else:
+                down.append(self.fpn_stages[level](feature))
         up = [down[2]]
         for level in (1, 0):
             up.append(self.pan_stages[level](torch.cat((self.pan_routes[level](up[-1]), down[level]), dim=1)))
@@ -171,9 +172,9 @@ class PPYoloEHead(nn.Module):
         self.stem_reg = nn.ModuleList(ESEAttention(channels) for channels in in_channels)
         self.cls_preds = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=1) for channels in in_channels)
         self.reg_preds = nn.ModuleList(nn.Conv2d(channels, 4 * (REG_MAX + 1), 3, padding=1) for channels in in_channels)
-        for prediction, bias in (*((p, PRIOR_LOGIT) for p in self.cls_preds), *((p, 1.0) for p in self.reg_preds)):
-            nn.init.zeros_(prediction.weight)
-            nn.init.constant_(prediction.bias, bias)
+        for predictions, bias in ((self.cls_preds, PRIOR_LOGIT), (self.reg_preds, 1.0)):
+            for name, parameter in predictions.named_parameters():
+                nn.init.constant_(parameter, bias if name.endswith("bias") else 0.0)
 
     def forward(self, features: list[Tensor]) -> Any:
         """Maps at strides 32, 16 and 8 → see `dfl_output`."""

@@ -94,8 +94,8 @@ class SSDNeck(nn.Module):
 class SSDHead(nn.Module):
     """Offsets and class logits of the default boxes; class 0 is the background.
 
-    Training: (offsets [B, 4, A], logits [B, C + 1, A]). Evaluation: (decoded [B, A, 5 + C] = cx, cy, w, h in pixels, the
-    highest class probability, class probabilities without the background; the same two).
+    Training: (offsets [B, 4, A], logits [B, C + 1, A]). Evaluation: (decoded, the same two); decoded is [B, A, 5 + C] =
+    cx, cy, w, h in pixels, the highest class probability, class probabilities without the background.
     """
 
     post_prediction = SSDPostPredictCallback

@@ -177,8 +177,9 @@ class NASHead(nn.Module):
         self.reg_convs = nn.ModuleList(_conv(channels, channels, 3) for channels in hidden)
         self.cls_preds = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in hidden)
         self.reg_preds = nn.ModuleList(nn.Conv2d(channels, 4 * (REG_MAX + 1), 1) for channels in hidden)
-        for prediction in self.cls_preds:
-            nn.init.constant_(prediction.bias, PRIOR_LOGIT)
+        for name, parameter in self.cls_preds.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, PRIOR_LOGIT)
 
     def forward(self, features: tuple[Tensor, ...]) -> Any:
         """Maps at strides 8, 16 and 32 → see `dfl_output`."""

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raydet.boxes import place
 from raydet.data.batch import Batch
 from raydet.data.index import Index
-from raydet.boxes import place
 from raydet.metrics import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.recipe import Eval

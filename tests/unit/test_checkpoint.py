@@ -27,7 +27,7 @@ def trained(seed):
     """A model, its average and its optimizer, some steps into a training."""
     torch.manual_seed(seed)
     model = models.get("yolox_n", 2).train()
-    average = EMA(model, 0.9, 15, 10)
+    average = EMA(model, Train(ema_decay=0.9), 10)
     optimizer = make_optimizer(model, Train(lr=0.01))
     for step in (1, 2):
         optimizer.zero_grad()

@@ -1,11 +1,14 @@
 import multiprocessing
 import os
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from raydet.losses import YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet import models
+from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 
 LOSSES = [YoloXDetectionLoss, YoloXFastDetectionLoss]
 CLASSES = 4
@@ -146,17 +149,16 @@ def test_center_sampling_radius_is_used_by_both():
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        [torch.zeros(1, 1, 8, 8, 5 + 80)] * 3,  # of another class count
-        [torch.zeros(1, 1, 8, 8, 5 + CLASSES)] * 2,
-        (torch.zeros(1, 84, CLASSES), torch.zeros(1, 84, 68), torch.zeros(84, 4), torch.zeros(84, 2), [64, 16, 4], 0),
-    ],
-)
-def test_outputs_of_another_model_are_refused(kind, outputs):
-    with pytest.raises(ValueError, match=f"a YOLOX loss for {CLASSES} classes takes three maps"):
+@pytest.mark.parametrize("outputs", [[torch.zeros(1, 1, 8, 8, 5 + 80)] * 3, [torch.zeros(1, 1, 8, 8, 5 + CLASSES)] * 2])
+def test_maps_for_other_classes_or_levels_are_refused(kind, outputs):
+    with pytest.raises(ValueError, match=f"{kind.__name__} for {CLASSES} classes takes 3 maps"):
         kind(num_classes=CLASSES)(outputs, some_targets())
+
+
+@pytest.mark.parametrize("outputs", [None, torch.zeros(3), [], [torch.zeros(1, 2)], {"a": 1}])
+def test_what_no_model_gives_is_refused_with_its_shapes(outputs):
+    with pytest.raises(ValueError, match="takes the output of YOLOX; this is that of something else: "):
+        YoloXDetectionLoss(num_classes=CLASSES)(outputs, some_targets())
 
 
 def test_wrong_iou_type():
@@ -164,40 +166,123 @@ def test_wrong_iou_type():
         YoloXDetectionLoss(iou_type="ciou")
 
 
-def _half_of_the_batch(rank, port, kind, queue):
+# Model, loss and settings of each.
+STEPS = [
+    ("yolox_n", YoloXDetectionLoss, {"use_l1": True}),
+    ("yolox_n", YoloXFastDetectionLoss, {"use_l1": True}),
+    ("yolox_n", YoloXFastDetectionLoss, {"obj_loss_fix": True, "iou_type": "giou"}),
+    ("ppyoloe_s", PPYoloELoss, {"use_static_assigner": True}),
+    ("ppyoloe_s", PPYoloELoss, {"use_static_assigner": False, "use_varifocal_loss": False}),
+    ("yolo_nas_s", PPYoloELoss, {"use_static_assigner": False}),
+    ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
+]
+SIDE, LR = 64, 1e-5
+
+
+def some_model(name):
+    """A model whose predictions differ from point to point, so that none is assigned by the last bit of a number."""
+    torch.manual_seed(0)
+    model = models.get(name, CLASSES, image_size=(SIDE, SIDE)).train()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "_preds." in key:
+                parameter.normal_(std=0.1)
+        for norm in norms:
+            norm.momentum = 1.0
+        model(batch_of_four()[0])
+    for norm in norms:
+        norm.eval()
+    return model
+
+
+def one_step(case, images, targets, wrap):
+    """A step of SGD from the same weights, norms in evaluation mode: the parameters after it, and the components."""
+    name, kind, settings = case
+    model = some_model(name)
+    before = [p.detach().clone() for p in model.parameters()]
+    criterion = kind(**models.family_of(model).loss_arguments(model), **settings)
+    network = wrap(model)  # must live until the backward pass is over
+    loss, components = criterion(network(images), targets)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), LR).step()
+    after = [p.detach() for p in model.parameters()]
+    assert max((a - b).abs().max() for a, b in zip(after, before, strict=True)) > 1e-3
+    return after, components
+
+
+def batch_of_four():
+    images = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    return images, some_targets(images=(0, 0, 0, 1, 3), size=SIDE)
+
+
+def _half_of_the_batch(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    maps, targets = [m[2 * rank : 2 * rank + 2].detach().requires_grad_() for m in raw_maps(batch=4)], halved(rank)
-    loss, components = kind(num_classes=CLASSES, use_l1=True)(maps, targets)
-    (loss / 2).backward()  # DDP averages gradients over ranks
-    queue.put((rank, [m.grad.numpy() for m in maps], components.tolist()))
+    images, targets = batch_of_four()
+    mine = targets[targets[:, 0] // 2 == rank]
+    mine[:, 0] -= 2 * rank
+    results = [one_step(case, images[2 * rank : 2 * rank + 2], mine, DistributedDataParallel) for case in STEPS]
+    torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def halved(rank):
-    targets = some_targets(images=(0, 0, 0, 1, 3))
-    mine = targets[(targets[:, 0] // 2) == rank].clone()
-    mine[:, 0] -= 2 * rank
-    return mine
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the ranks: another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_two_ranks_learn_what_one_learns_from_both_batches(kind):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks with half of the batch each get, for all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    port = 29500 + os.getpid() % 1000
-    ranks = [context.Process(target=_half_of_the_batch, args=(rank, port, kind, queue)) for rank in range(2)]
+    ranks = [context.Process(target=_half_of_the_batch, args=(rank, port, folder)) for rank in range(2)]
     for process in ranks:
         process.start()
-    results = sorted((queue.get(timeout=120) for _ in ranks), key=lambda result: result[0])
     for process in ranks:
-        process.join(timeout=60)
-    maps = raw_maps(batch=4)
-    loss, components = kind(num_classes=CLASSES, use_l1=True)(maps, some_targets(images=(0, 0, 0, 1, 3)))
-    loss.backward()
-    for level, whole in enumerate(maps):
-        halves = torch.cat([torch.from_numpy(gradients[level]) for _, gradients, _ in results])
-        torch.testing.assert_close(halves, whole.grad, atol=1e-7, rtol=1e-5)
-    for _, _, logged in results:
-        assert logged == pytest.approx(components.tolist(), rel=1e-5)
+        process.join(timeout=240)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)), ids=[f"{name}-{kind.__name__}" for name, kind, _ in STEPS])
+def test_two_ranks_learn_what_one_learns_from_both_batches(two_ranks, number):
+    parameters, components = one_step(STEPS[number], *batch_of_four(), wrap=lambda model: model)
+    for rank in two_ranks:
+        theirs, logged = rank[number]
+        for mine, other in zip(parameters, theirs, strict=True):
+            torch.testing.assert_close(other, mine, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logged, components, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: f"{case[0]}-{case[1].__name__}")
+def test_accumulated_terms_are_those_of_the_larger_batch(case):
+    """Sums, normalisers and counts of parts add up, so that one division at the end serves any number of parts."""
+    name, kind, settings = case
+    model = some_model(name)
+    criterion = kind(**models.family_of(model).loss_arguments(model), **settings)
+    images, targets = batch_of_four()
+    with torch.no_grad():
+        whole = criterion.terms(model(images), targets)
+        parts = []
+        for first in (0, 2):
+            mine = targets[targets[:, 0] // 2 == first // 2]
+            mine[:, 0] -= first
+            parts.append(criterion.terms(model(images[first : first + 2]), mine))
+    assert whole.per_image.shape == (4, len(criterion.weights))
+    torch.testing.assert_close(torch.cat([part.per_image for part in parts]), whole.per_image, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(part.normaliser for part in parts), whole.normaliser, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(part.counts for part in parts), whole.counts, rtol=1e-4, atol=1e-4)
+    divided = whole.per_image.sum(0) / criterion.divisors(whole)
+    expected = sum(weight * term for weight, term in zip(criterion.weights, divided, strict=True))
+    torch.testing.assert_close(criterion(model(images), targets)[0].detach(), expected)

@@ -51,10 +51,30 @@ def test_frozen_parameters_are_left_out():
     assert [len(group["params"]) for group in make_optimizer(model, TRAIN).param_groups] == [0, 2]
 
 
-def test_moving_average_is_the_sum_it_stands_for():
+def test_all_may_be_decayed_and_the_optimizer_may_be_adamw():
+    settings = Train(optimizer="adamw", lr=0.1, weight_decay=0.3, decay_all=True)
+    optimizer = make_optimizer(small_model(), settings)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(1, 0.3), (3, 0.3)]
+
+
+def test_warm_up_in_steps():
+    schedule = Schedule.of(Train(epochs=10, warmup_epochs=2, warmup_steps=7, cooldown_epochs=0), total=100)
+    assert schedule.warmup == 7
+
+
+@pytest.mark.parametrize(
+    ("rise", "decay_after"),
+    [
+        ("exp", lambda step: 0.9 * (1 - math.exp(-15 * step / 20))),
+        ("threshold", lambda step: min(0.9, (1 + step) / (10 + step))),
+        ("constant", lambda step: 0.9),
+    ],
+)
+def test_moving_average_is_the_sum_it_stands_for(rise, decay_after):
     model = small_model()
-    decay, ramp, total = 0.9, 15.0, 20
-    average = EMA(model, decay, ramp, total)
+    total = 20
+    average = EMA(model, Train(ema_decay=0.9, ema_ramp=15.0, ema_rise=rise), total)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for step in range(1, total + 1):
         with torch.no_grad():
@@ -62,7 +82,7 @@ def test_moving_average_is_the_sum_it_stands_for():
                 parameter.add_(torch.randn_like(parameter))
         model(torch.randn(2, 3, 4, 4))  # moves the norm's statistics
         average.update(step)
-        share = decay * (1 - math.exp(-ramp * step / total))
+        share = decay_after(step)
         for name, tensor in model.state_dict().items():
             expected[name] = (
                 share * expected[name] + (1 - share) * tensor if tensor.is_floating_point() else tensor.clone()

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Sample, fit_scale, sanitise
+from raydet.boxes import place
+from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Sample, sanitise
 
 rng = np.random.default_rng
 
@@ -31,34 +32,49 @@ def test_flip_moves_boxes_with_the_pixels(height, width, data):
     assert HorizontalFlip(1.0)(flipped, rng(0)).boxes.tolist() == [list(box)]
 
 
+@pytest.mark.parametrize("resize", ["pad_bottom_right", "pad_centre", "stretch"])
 @pytest.mark.parametrize("size", [(64, 64), (64, 128), (128, 64), (256, 320)])
 @pytest.mark.parametrize("shape", [(100, 50), (50, 100), (37, 91), (300, 200)])
-def test_fit_moves_boxes_with_the_pixels(size, shape):
+def test_boxes_move_with_the_pixels_into_the_input_and_back(resize, size, shape):
     height, width = shape
     box = (width // 4, height // 4, width * 3 // 4, height * 3 // 4)
-    fitted = Fit(size)(picture(height, width, box), rng(0))
-    assert fitted.image.shape[0] <= size[0]
-    assert fitted.image.shape[1] <= size[1]
-    assert size[0] - fitted.image.shape[0] < 2 or size[1] - fitted.image.shape[1] < 2  # one side fits
+    fitted = Fit(size, resize)(picture(height, width, box), rng(0))
+    padded = Pad(size, resize)(fitted, rng(0))
+    assert padded.image.shape == (*size, 3)
     # Half a pixel of each image: sides are whole numbers, and bilinear edges are soft.
-    scale = fit_scale(width, height, size)
-    np.testing.assert_allclose(fitted.boxes[0], bounds(fitted.image), atol=0.5 + 0.5 * max(1, scale))
+    there = place(width, height, size, resize)
+    white = np.where(padded.image > 127, padded.image, 0)  # the padding is grey
+    np.testing.assert_allclose(padded.boxes[0], bounds(white), atol=0.5 + 0.5 * max(1, *there.scale))
+    np.testing.assert_allclose(there.apply(np.array([box], np.float32)), padded.boxes, rtol=1e-5)
+    np.testing.assert_allclose(there.undo(padded.boxes), [box], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("shape", "size", "expected"),
-    [((426, 640), (416, 416), (276, 416)), ((640, 427), (640, 640), (640, 427)), ((333, 500), (640, 640), (426, 640))],
+    ("resize", "shape", "size", "expected"),
+    [
+        # as YOLOX: rounded down
+        ("pad_bottom_right", (426, 640), (416, 416), (276, 416, 0, 0)),
+        ("pad_bottom_right", (640, 427), (640, 640), (640, 427, 0, 0)),
+        ("pad_bottom_right", (333, 500), (640, 640), (426, 640, 0, 0)),
+        # as YOLO-NAS: fitted into 4 pixels less, rounded to the nearest, in the middle
+        ("pad_centre", (480, 640), (640, 640), (477, 636, 81, 2)),
+        ("pad_centre", (640, 427), (640, 640), (636, 424, 2, 108)),
+        ("pad_centre", (333, 500), (640, 640), (424, 636, 108, 2)),
+        # as PP-YOLOE
+        ("stretch", (333, 500), (640, 640), (640, 640, 0, 0)),
+        # extremely long
+        ("pad_bottom_right", (1, 5000), (64, 64), (1, 64, 0, 0)),
+        ("pad_centre", (5000, 1), (64, 64), (60, 1, 2, 31)),
+    ],
 )
-def test_fit_rounds_down_as_yolox_does(shape, size, expected):
-    assert Fit(size)(picture(*shape, (0, 0, 10, 10)), rng(0)).image.shape[:2] == expected
-
-
-def test_pad_is_grey_at_the_bottom_and_the_right():
-    padded = Pad((32, 64))(picture(20, 40, (1, 2, 3, 4)), rng(0))
-    assert padded.image.shape == (32, 64, 3)
-    assert (padded.image[20:] == 114).all()
-    assert (padded.image[:, 40:] == 114).all()
-    assert padded.boxes.tolist() == [[1, 2, 3, 4]]
+def test_images_lie_where_the_reference_puts_them(resize, shape, size, expected):
+    there = place(shape[1], shape[0], size, resize)
+    assert (there.height, there.width, there.top, there.left) == expected
+    padded = Pad(size, resize)(Fit(size, resize)(picture(*shape, (0, 0, 1, 1)), rng(0)), rng(0)).image
+    inside = np.zeros(size, bool)
+    inside[there.top : there.top + there.height, there.left : there.left + there.width] = True
+    assert (padded[~inside] == 114).all()
+    assert not (padded[inside] == 114).all()
 
 
 @pytest.mark.parametrize("transform", [HorizontalFlip(0.0), HSV(0.0, 5, 30, 30), HSV(1.0, 0, 0, 0)])
