@@ -168,9 +168,10 @@ def recipes(
             found = found.model_copy(update={"name": ""})
         typer.echo(describe(found), nl=False)
         return
+    width = max(map(len, shipped()))
     for recipe, path in shipped().items():
         headline = path.read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{recipe:<18} {headline}")
+        typer.echo(f"{recipe:<{width}}  {headline}")
 
 
 def main() -> None:

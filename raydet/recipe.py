@@ -292,9 +292,9 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     mine, other = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
     harmless = ("scale.", "track.", "data.root", "storage")
     return [
-        f"{key}: {other[key]} there, {mine[key]} here"
-        for key in mine
-        if not key.startswith(harmless) and mine[key] != other[key]
+        f"{key}: {other.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
+        for key in {**mine, **other}  # another loss has other arguments
+        if not key.startswith(harmless) and mine.get(key) != other.get(key)
     ]
 
 

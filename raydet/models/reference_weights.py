@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,13 +33,22 @@ _WHERE_TO_GET = (
 # Where trainers keep the tensors in their files, the moving average first.
 _KEYS = ("ema_net", "net", "model", "state_dict")
 
-# YOLOX's own trainer keeps its best AP as a NumPy number beside the weights.
-_scalar = np.float64(0).__reduce__()[0]
-_NUMPY_NUMBERS: list[Any] = [
-    np.dtype,
-    type(np.dtype(np.float64)),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
+
+class _Foreign:
+    """Stands for what a trainer pickled beside the tensors, numbers of NumPy or settings: it takes all, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Foreign:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,9 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
             raise RaydetError(f"{source} is damaged: {error}") from None
         return tensors
     try:
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+        # Only tensors are made; a class or function of any other name is never imported, let alone called.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file))
+        with torch.serialization.safe_globals([(_Foreign, name) for name in names]):
             content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = str(error).strip().partition("\n")[0]

@@ -19,7 +19,7 @@ from raydet.data.index import Index
 from raydet.data.samples import Samples
 from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Transform
 from raydet.errors import RaydetError
-from raydet.models import Detector, Family, load_weights
+from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Data, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
@@ -96,17 +96,13 @@ def make_job(
             weights = find(source) if source.is_dir() else recipe.model.weights
             # To measure prediction layers that nobody has trained would be a mistake.
             licence = load_weights(model, weights, strict=train_index is None).licence
-    if isinstance(model, Detector):
-        family = models.family_of(model)
-        _check_image_size(model, recipe)
-    else:
-        family = models.family_of(recipe.model.name)
+    family = _family(model, recipe)
     config = Config(
         model=name,
         class_names=names,
         category_ids=val_index.category_ids,
         image_size=recipe.data.image_size,
-        preprocessing=getattr(model, "preprocessing", None) or family.preprocessing,
+        preprocessing=_preprocessing(model, family),
         thresholds=recipe.eval,
         licence=licence,
     )
@@ -198,18 +194,36 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {workers} equally")
 
 
-def _check_image_size(model: Detector, recipe: Recipe) -> None:
+def _family(model: nn.Module, recipe: Recipe) -> Family | None:
+    """Return the model's family; None for a head of the user's own."""
+    if not isinstance(model, Detector):
+        return models.family_of(recipe.model.name)
     try:
         model.check_size(*recipe.data.image_size)
     except ValueError as error:
         raise RaydetError(f"data.image_size: {error}") from None
+    return next((family for family in models.FAMILIES if isinstance(model.head, family.head)), None)
 
 
-def _make_loss(recipe: Recipe, family: Family, model: nn.Module) -> nn.Module:
+def _preprocessing(model: nn.Module, family: Family | None) -> Preprocessing:
+    own = getattr(model, "preprocessing", None)
+    if own is None and family is None:
+        raise RaydetError(
+            f"{type(model).__name__} has a head of your own, so raydet does not know what it expects: "
+            "build it as Detector(backbone, neck, head, preprocessing)"
+        )
+    return own or family.preprocessing  # type: ignore[union-attr]
+
+
+def _make_loss(recipe: Recipe, family: Family | None, model: nn.Module) -> nn.Module:
     settings = recipe.loss.model_dump()
     name: str = settings.pop("name")
     kind: type[nn.Module] = locate(name, "loss.name") if is_own(name) else getattr(losses, name)
     strangers = [other for other in models.FAMILIES if issubclass(kind, other.losses)]
+    if family is None:
+        if strangers:
+            models.family_of(model)  # says whose heads these losses are for
+        return call(kind, f"loss.name: {name}", **settings)  # type: ignore[no-any-return]
     if strangers and not issubclass(kind, family.losses):
         raise RaydetError(
             f"loss.name: {name} is a loss of {' and '.join(other.name for other in strangers)}, the model is of "

@@ -12,7 +12,8 @@ import raydet
 from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
 from raydet.losses import YoloXFastDetectionLoss
-from raydet.models import get
+from raydet.models import family_of, get
+from raydet.recipe import load
 
 
 def train(demo, *overrides, **arguments):
@@ -165,7 +166,7 @@ def test_a_weights_file_needs_a_recipe(tmp_path):
 
 def test_weights_of_another_class_count_are_not_measured(demo, shared):
     weights = shared / "weights/yolox_nano/yolox_nano_coco.pth"
-    with pytest.raises(RaydetError, match="detects 80 classes, the data has 5"):
+    with pytest.raises(RaydetError, match="is not for the 5 classes of the data: train it on them first"):
         raydet.evaluate(weights, recipe="demo", overrides=demo, debug=True, say=lambda text: None)
 
 
@@ -178,3 +179,128 @@ def test_evaluating_on_other_classes_is_refused(debug_run, shapes, tmp_path):
         raydet.evaluate(
             result.folder, overrides=[f"data.val_annotations={tmp_path}/other.json"], debug=True, say=lambda text: None
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        ("ssd_lite_finetune", "ssd_lite_mobilenet_v2"),
+        ("yolox_finetune", "yolox_n"),
+        ("ppyoloe_finetune", "ppyoloe_s"),
+        ("yolo_nas_finetune", "yolo_nas_s"),
+    ],
+)
+def test_each_family_trains_is_measured_and_predicts(recipe, model, demo, shapes, tmp_path):
+    data = load("demo").data.model_dump(include={"train_annotations", "train_images", "val_annotations", "val_images"})
+    overrides = [*demo, *(f"data.{key}={value}" for key, value in data.items()), f"model.name={model}", "name=family"]
+    result = raydet.train(recipe, overrides=overrides, debug=True, device="cpu", say=lambda text: None)
+    found = raydet.evaluate(result.folder, debug=True, device="cpu", say=lambda text: None)
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+    detector = raydet.load(result.folder, device="cpu")
+    assert type(detector.model) is family_of(model).models[model]
+    assert detector.config.preprocessing == family_of(model).preprocessing
+    image = cv2.imread(str(next((shapes / "val").iterdir())))
+    best = detector.predict([image], conf=0.0)[0]
+    assert (best.scores[:-1] >= best.scores[1:]).all()
+
+
+OWN = """
+from torch import nn
+
+from raydet.losses import YoloXFastDetectionLoss
+from raydet.models import Detector, Preprocessing, YoloXHead, YoloXPAN
+
+
+class Backbone(nn.Module):
+    out_channels = (8, 16, 24)
+
+    def __init__(self):
+        super().__init__()
+        self.c3, self.c4, self.c5 = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 16, 2, 2), nn.Conv2d(16, 24, 2, 2)
+
+    def forward(self, images):
+        c3 = self.c3(images)
+        c4 = self.c4(c3)
+        return c3, c4, self.c5(c4)
+
+
+def build(num_classes):
+    backbone = Backbone()
+    neck = YoloXPAN(backbone.out_channels)
+    head = YoloXHead(neck.out_channels, num_classes, hidden=16)
+    return Detector(backbone, neck, head, Preprocessing(std=(255.0, 255.0, 255.0), channels="RGB"))
+
+
+class Doubled(YoloXFastDetectionLoss):
+    def __init__(self, factor, **settings):
+        super().__init__(**settings)
+        self.factor = factor
+
+    def forward(self, outputs, targets):
+        loss, components = super().forward(outputs, targets)
+        return self.factor * loss, components
+
+
+def nothing(num_classes):
+    return nn.Identity()
+
+
+def needs_more(num_classes, depth):
+    ...
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    name = f"own_{tmp_path.name}"  # a module of another test would still be imported
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_model_and_a_loss_of_one_s_own_by_name(demo, own_module):
+    result, _ = train(
+        demo, f"model.name={own_module}:build", f"loss.name={own_module}:Doubled", "loss.factor=2", "loss.iou_weight=3"
+    )
+    recipe = load(result.folder / "recipe.yaml")
+    assert recipe.loss.model_dump()["factor"] == 2
+    logged = metrics_of(result.folder)[0]
+    parts = {name: logged[f"train/Doubled/{name}"] for name in ("iou", "obj", "cls")}
+    assert logged["train/loss"] == pytest.approx(2 * (3 * parts["iou"] + parts["obj"] + parts["cls"]), rel=1e-5)
+    found = raydet.evaluate(result.folder, debug=True, device="cpu", say=lambda text: None)
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+    assert raydet.load(result.folder).config.preprocessing.channels == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name={own}:nothing"], "returns a Identity, not a raydet.models.Detector"),
+        (["model.name={own}:needs_more"], "needs_more(num_classes, depth): missing a required argument: 'depth'"),
+        (["model.name={own}:buld"], "has no buld; did you mean build?"),
+        (["loss.name={own}:Doubled"], "missing a required argument: 'factor'"),
+        (["loss.name={own}:Backbone", "loss.x=1"], "Backbone(): got an unexpected keyword argument 'x'"),
+    ],
+)
+def test_mistakes_in_one_s_own_are_named(demo, own_module, overrides, message):
+    with pytest.raises(RaydetError) as error:
+        train(demo, *(override.format(own=own_module) for override in overrides))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.name=ppyoloe_s"],
+            "loss.name: YoloXFastDetectionLoss is a loss of YOLOX, the model is of PP-YOLOE; "
+            "its losses are PPYoloELoss. The recipe ppyoloe_finetune has both",
+        ),
+        (["loss.name=PPYoloELoss"], "is a loss of PP-YOLOE and YOLO-NAS, the model is of YOLOX"),
+        (["model.name=ssd_lite_mobilenet_v2"], "the model is of SSD; its losses are SSDLoss"),
+    ],
+)
+def test_a_loss_of_another_family_is_refused_by_the_names_of_both(demo, overrides, message):
+    with pytest.raises(RaydetError) as error:
+        train(demo, *overrides)
+    assert message in str(error.value)

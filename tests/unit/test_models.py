@@ -1,5 +1,10 @@
+import contextlib
 import json
 import logging
+import os
+import shutil
+from argparse import Namespace
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -356,11 +361,41 @@ def test_damaged_safetensors_are_refused(tmp_path):
         models.get("yolox_n", weights=tmp_path)
 
 
-def test_numbers_of_numpy_beside_the_weights_are_read(shared, tmp_path):
-    """YOLOX's own trainer writes its best AP as one."""
-    content = torch.load(shared / "weights/yolox_nano/yolox_nano_coco.pth", weights_only=True)
-    torch.save({"model": content.get("model", content), "best_ap": np.float64(0.3)}, tmp_path / "best.pth")
-    assert models.get("yolox_n", weights=tmp_path / "best.pth").num_classes == 80
+def test_what_trainers_keep_beside_the_weights_does_not_matter(zoo, tmp_path):
+    """YOLOX's own keeps its best AP as a number of NumPy, super-gradients keeps settings of classes of its own."""
+    beside = {"ap": np.float64(0.3), "lrs": np.arange(2), "settings": Namespace(lr=0.1), "when": UserList([1, 2])}
+    net = zoo["yolox_n"].state_dict()
+    torch.save({"net": net, **beside}, tmp_path / "ckpt.pth")
+    again = models.get("yolox_n", C, weights=tmp_path / "ckpt.pth").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in net.items() if not key.endswith("batches_tracked"))
+
+
+class Trap:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return self.call(), (str(self.folder),)
+
+
+class TrapOfTheSystem(Trap):
+    def call(self):
+        return os.mkdir
+
+
+class TrapOfALibrary(Trap):
+    def call(self):
+        return shutil.rmtree
+
+
+@pytest.mark.parametrize("trap", [TrapOfTheSystem, TrapOfALibrary])
+def test_nothing_in_a_weights_file_is_run(zoo, tmp_path, trap):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / ("folder" if trap is TrapOfALibrary else "new")
+    torch.save({"net": zoo["yolox_n"].state_dict(), "trap": trap(target)}, tmp_path / "ckpt.pth")
+    with contextlib.suppress(RaydetError):  # torch refuses the system's, and what is no more than ignored may load
+        models.get("yolox_n", C, weights=tmp_path / "ckpt.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pth", "folder"]
 
 
 def test_unknown_names_suggest_the_nearest():
