@@ -65,13 +65,17 @@ def raw_of(outputs: Any, kind: str, wanted_by: str) -> Any:
 
 
 def decoded_of(outputs: Any, kind: str, wanted_by: str) -> Any:
-    """Return the decoded part of an evaluation output; of `(decoded, None)`, decoded is taken at its word.
+    """Return the decoded part of an evaluation output; in `(decoded, None)` decoded is taken at its word.
+
+    PP-YOLOE and YOLO-NAS give boxes and scores alone when they are traced.
 
     Raises:
         ValueError: they are another family's, or a training output.
     """
     if isinstance(outputs, list | tuple) and len(outputs) == 2 and outputs[1] is None:
         return outputs[0]
+    if kind == PPYOLOE and _is_traced(outputs):
+        return outputs
     if (found := kind_of(outputs)) != kind:
         raise ValueError(f"{wanted_by} takes the output of {kind}; this is that of {found}")
     if not _is_decoded(outputs):
@@ -86,6 +90,14 @@ def shapes(outputs: Any) -> str:
     if isinstance(outputs, list | tuple):
         return "[" + ", ".join(map(shapes, outputs)) + "]"
     return str(outputs)
+
+
+def _is_traced(outputs: Any) -> bool:
+    """Are these boxes [B, L, 4] and scores [B, L, C]?"""
+    if not isinstance(outputs, list | tuple) or len(outputs) != 2:
+        return False
+    shapes = [tuple(item.shape) if isinstance(item, Tensor) else () for item in outputs]
+    return all(len(shape) == 3 for shape in shapes) and shapes[0][1:] == (shapes[1][1], 4)
 
 
 def _is_decoded(outputs: Any) -> bool:

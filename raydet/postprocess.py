@@ -90,7 +90,7 @@ class _WithMatrix(PostPrediction):
 
     Args:
         nms_type: "iterative", or "matrix": a box counts as its best class, the best `max_predictions` of an image decay
-            each other's scores, those that stay above `conf` are kept, and `iou` has no part in it.
+            each other's scores, those that stay above `conf` are kept, and `iou` and `nms_top_k` have no part in it.
         **settings: those of PostPrediction.
     """
 
@@ -208,12 +208,13 @@ class PPYoloEPostPredictionCallback(PostPrediction):
 
 def _above(scores: Tensor, threshold: float, multi_label: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [L, C] above a threshold, all of a point's or the best: point [n], score [n], label [n]."""
+    kept = (scores.amax(1) > threshold).nonzero().squeeze(1)  # few of many, and quicker than to look at all twice
+    scores = scores[kept]
     if multi_label:
-        point, label = (scores > threshold).nonzero(as_tuple=True)
-        return point, scores[point, label], label
+        row, label = (scores > threshold).nonzero(as_tuple=True)
+        return kept[row], scores[row, label], label
     score, label = scores.max(dim=1)
-    point = (score > threshold).nonzero().squeeze(1)
-    return point, score[point], label[point]
+    return kept, score, label
 
 
 def _rows(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:

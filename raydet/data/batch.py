@@ -20,7 +20,7 @@ class Batch:
     """What a training or validation step gets, on the CPU.
 
     Attributes:
-        images: uint8 [B, 3, H, W], BGR; in pinned memory where asked for.
+        images: uint8 [B, 3, H, W], BGR; these and the targets in pinned memory where asked for.
         targets: float32 [N, 6]: image in the batch, class, cx, cy, w, h in pixels.
         positions: int64 [B], the samples' places in the stream.
         rows: int64 [B], their rows in the index.
@@ -45,12 +45,13 @@ def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bo
     table = pa.concat_tables([block.drop(["image"]) for block in blocks]).combine_chunks()
     boxes = table["boxes"].chunk(0)
     corners = boxes.flatten().flatten().to_numpy().reshape(-1, 4)
-    targets = np.empty((len(corners), 6), np.float32)
+    targets_tensor = torch.empty((len(corners), 6), dtype=torch.float32, pin_memory=pin_memory)
+    targets = targets_tensor.numpy()
     targets[:, 0] = np.repeat(np.arange(count), boxes.value_lengths().to_numpy())
     targets[:, 1] = table["labels"].chunk(0).flatten().to_numpy()
     targets[:, 2:] = xyxy_to_cxcywh(corners)
     positions, rows = (torch.tensor(table[name].to_numpy()) for name in ("position", "row"))
-    return Batch(images, torch.from_numpy(targets), positions, rows)
+    return Batch(images, targets_tensor, positions, rows)
 
 
 def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Iterator[Batch]:

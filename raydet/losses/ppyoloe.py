@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raydet.anchors import decode_dfl
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
-from raydet.losses.assignment import Assignment, assign_once
+from raydet.losses.assignment import Assignment, assign_once, overlaps
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import PPYOLOE, DFLOutput, raw_of
 
@@ -167,8 +167,9 @@ def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[A
     anchor box overlaps it by more than the mean and a standard deviation of all of these.
     """
     image = targets[:, 0].long()
-    overlap = iou(objects[:, None], predictions.anchors)
-    distance = (targets[:, None, 2:4] - predictions.points).square().sum(-1)
+    overlap = overlaps(objects, predictions.anchors)
+    x, y = predictions.points.unbind(-1)
+    distance = (targets[:, 2:3] - x).square_() + (targets[:, 3:4] - y).square_()
     nearest, first = [], 0
     for size in predictions.levels:
         of_level = distance[:, first : first + size]
@@ -186,7 +187,7 @@ def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[A
 def _task_aligned(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[Assignment, Tensor]:
     """Assign by score · IoU⁶; return the assignment and the quality of its entries [E]."""
     image, label = targets[:, 0].long(), targets[:, 1].long()
-    overlap = iou(objects[:, None], predictions.boxes[image])
+    overlap = overlaps(objects, predictions.boxes, image)
     alignment = predictions.logits[image, :, label].sigmoid() * overlap**_TAL_BETA
     within = alignment.masked_fill(~_inside(predictions.points, objects[:, None]), -1.0)
     best, points = within.topk(min(_TAL_POINTS, within.shape[1]), dim=1)
@@ -205,7 +206,10 @@ def _task_aligned(predictions: Predictions, targets: Tensor, objects: Tensor) ->
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:
     """Are points [..., 2] within boxes [..., 4]? Shapes broadcast."""
-    return torch.minimum(points - boxes[..., :2], boxes[..., 2:] - points).amin(-1) > _INSIDE
+    x, y = points.unbind(-1)
+    left, top, right, bottom = boxes.unbind(-1)
+    across = (x - left > _INSIDE) & (right - x > _INSIDE)
+    return across & (y - top > _INSIDE) & (bottom - y > _INSIDE)
 
 
 def _distribution_focal(logits: Tensor, distances: Tensor) -> Tensor:

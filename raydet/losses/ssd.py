@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raydet.anchors import encode_ssd
-from raydet.boxes import cxcywh_to_xyxy, iou
-from raydet.losses.assignment import best_objects
+from raydet.boxes import cxcywh_to_xyxy
+from raydet.losses.assignment import best_objects, overlaps
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import SSD, raw_of
 
@@ -91,7 +91,7 @@ class SSDLoss(DetectionLoss):
 
     def _match(self, objects: Tensor, image: Tensor, images: int) -> Tensor:
         """Row of the targets for each default box of each image [B, A]; -1: background."""
-        overlap = iou(cxcywh_to_xyxy(objects)[:, None], cxcywh_to_xyxy(self.default_boxes))
+        overlap = overlaps(cxcywh_to_xyxy(objects), cxcywh_to_xyxy(self.default_boxes))
         overlapping = torch.where(overlap > self.iou_thresh, overlap, -torch.inf)
         row = image[:, None].expand_as(overlap)
         near = torch.full((images, overlap.shape[1]), -torch.inf, device=overlap.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raydet.anchors import anchor_cells, decode_yolox
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
-from raydet.losses.assignment import Assignment, assign_once, first_of
+from raydet.losses.assignment import Assignment, assign_once, first_of, overlaps
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import YOLOX, raw_of, shapes
 
@@ -163,10 +163,13 @@ class YoloXDetectionLoss(DetectionLoss):
 
     def _near_and_inside(self, predictions: Predictions, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[M, A] each: is the point near the object's centre, is it inside the object."""
-        centres = (predictions.cells + 0.5) * predictions.strides
-        distance = (centres - targets[:, None, 2:4]).abs()
-        near = (distance < self.center_sampling_radius * predictions.strides).all(-1)
-        return near, (distance < targets[:, None, 4:6] / 2).all(-1)
+        x, y = ((predictions.cells + 0.5) * predictions.strides).unbind(-1)
+        across, down = (x - targets[:, 2:3]).abs_(), (y - targets[:, 3:4]).abs_()
+        radius = self.center_sampling_radius * predictions.strides[:, 0]
+        return (
+            (across < radius) & (down < radius),
+            (across < targets[:, 4:5] / 2) & (down < targets[:, 5:6] / 2),
+        )
 
 
 class YoloXFastDetectionLoss(YoloXDetectionLoss):
@@ -251,7 +254,7 @@ def flatten(maps: Sequence[Tensor], strides: Sequence[int]) -> Predictions:
 def _cost(predictions: Predictions, targets: Tensor, central: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     """What each point costs each object, infinite where it is no candidate, and their IoU: [M, A] each."""
     image, label = targets[:, 0].long(), targets[:, 1].long()
-    ious = iou(cxcywh_to_xyxy(targets[:, None, 2:]), predictions.boxes[image])
+    ious = overlaps(cxcywh_to_xyxy(targets[:, 2:]), predictions.boxes, image)
     # Class cost: the binary cross-entropy of √(p_class · p_object) with the one-hot class, summed over classes. All
     # classes but the object's own are the same for every object, so the sum is made once a point.
     objectness = predictions.objectness.sigmoid()

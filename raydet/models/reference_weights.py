@@ -35,7 +35,7 @@ _KEYS = ("ema_net", "net", "model", "state_dict")
 
 
 class _Foreign:
-    """Stands for what a trainer pickled beside the tensors, numbers of NumPy or settings: it takes all, does nothing."""
+    """Stands for what a trainer pickled beside the tensors, such as its settings: it takes all and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Foreign:
         return super().__new__(cls)
@@ -130,6 +130,8 @@ def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapte
             weights,
             model.num_classes,
         )
+    if "non-commercial" in read.licence:
+        logger.warning("%s: %s", weights, read.licence)
     model.load_state_dict({name: tensor for name, tensor in given.items() if name not in replaced}, strict=False)
     return read
 
@@ -148,7 +150,7 @@ def _fetch(uri: str) -> bytes:
 
 
 def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
-    if source.endswith(".safetensors"):
+    if source.partition("?")[0].endswith(".safetensors"):
         from safetensors.torch import load
 
         try:

@@ -164,6 +164,8 @@ def test_traced_models_give_the_same(zoo, name):
     expected = outputs[0] if name in ("ppyoloe_s", "yolo_nas_s") else outputs
     for found, wanted in zip(flatten(traced(images)), flatten(expected), strict=True):
         torch.testing.assert_close(found, wanted)
+    callback = model.get_post_prediction_callback(conf=0.0, nms_top_k=20)
+    torch.testing.assert_close(callback(traced(images)), callback(outputs))
 
 
 @pytest.mark.parametrize("name", ["yolox_n", "ppyoloe_s", "yolo_nas_s"])
@@ -313,7 +315,7 @@ def test_weights_of_another_model_are_refused(zoo, tmp_path):
             models.get(name, C, weights=tmp_path)
 
 
-def test_a_licence_goes_with_the_weights(shared, zoo, tmp_path):
+def test_a_licence_goes_with_the_weights(shared, zoo, tmp_path, caplog):
     """YOLO-NAS' published weights are not for commercial use."""
     names = json.loads((shared / "golden/models/sg_yolo_nas_s.json").read_text())
     tensors = {name: torch.zeros(shape) for name, shape in names["tensors"].items()}
@@ -321,6 +323,7 @@ def test_a_licence_goes_with_the_weights(shared, zoo, tmp_path):
         tensors[name] = torch.ones(names["tensors"][name.rpartition(".")[0] + ".weight"])
     torch.save({"net": tensors}, tmp_path / "nas.pth")
     assert "non-commercial" in models.load_weights(models.get("yolo_nas_s"), tmp_path / "nas.pth").licence
+    assert "non-commercial" in caplog.text
     with pytest.raises(RaydetError, match=r"YOLO-NAS under super-gradients' names\) is not of a PPYoloE_S"):
         models.get("ppyoloe_s", weights=tmp_path / "nas.pth")
     (tmp_path / "config.json").write_text(json.dumps({"licence": "mine"}))

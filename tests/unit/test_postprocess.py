@@ -1,10 +1,13 @@
+import math
+
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydet.boxes import iou
-from raydet.postprocess import YoloXPostPredictionCallback
+from raydet.boxes import cxcywh_to_xyxy, iou
+from raydet.postprocess import PPYoloEPostPredictionCallback, SSDPostPredictCallback, YoloXPostPredictionCallback
 
 
 def decoded(*rows):
@@ -37,9 +40,82 @@ def test_overlapping_boxes_of_a_class_suppress_each_other():
     assert found[:, 0].tolist() == [6, 26]
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(2, 0, 7), torch.zeros(2, 5, 7)])
-def test_nothing_found_is_an_empty_tensor(rows):
-    assert [tuple(found.shape) for found in YoloXPostPredictionCallback()((rows, None))] == [(0, 6), (0, 6)]
+CALLBACKS = [YoloXPostPredictionCallback, SSDPostPredictCallback, PPYoloEPostPredictionCallback]
+MATRIX = [YoloXPostPredictionCallback, SSDPostPredictCallback]
+
+
+def for_callback(callback, boxes, scores):
+    """Boxes [B, L, 4] cxcywh and class probabilities [B, L, C] as what a callback takes; the object is certain."""
+    if callback is PPYoloEPostPredictionCallback:
+        return ((cxcywh_to_xyxy(boxes), scores), None)
+    objectness = (
+        scores.amax(-1, keepdim=True) if callback is SSDPostPredictCallback else torch.ones(*boxes.shape[:2], 1)
+    )
+    return (torch.cat((boxes, objectness, scores), -1), None)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize("settings", [{}, {"multi_label_per_box": False}, {"class_agnostic_nms": True}])
+@pytest.mark.parametrize("points", [0, 5])
+def test_nothing_found_is_an_empty_tensor(callback, settings, points):
+    outputs = for_callback(callback, torch.zeros(2, points, 4), torch.zeros(2, points, 3))
+    assert [tuple(found.shape) for found in callback(**settings)(outputs)] == [(0, 6), (0, 6)]
+
+
+@pytest.mark.parametrize("callback", MATRIX)
+@pytest.mark.parametrize("points", [0, 5])
+def test_nothing_found_by_matrix_nms_is_an_empty_tensor(callback, points):
+    outputs = for_callback(callback, torch.zeros(2, points, 4), torch.zeros(2, points, 3))
+    assert [tuple(found.shape) for found in callback(nms_type="matrix")(outputs)] == [(0, 6), (0, 6)]
+
+
+def test_the_score_of_ssd_is_the_class_probability():
+    """The reference squares that of the best class."""
+    rows = decoded([10, 10, 8, 8, 0.8, 0.8, 0.1], [50, 50, 10, 10, 0.6, 0.3, 0.6])
+    (found,) = SSDPostPredictCallback(conf=0.05)(rows)
+    assert found[:, 4].tolist() == pytest.approx([0.8, 0.6, 0.3, 0.1])
+    assert found[:, 5].int().tolist() == [0, 1, 0, 1]
+
+
+def matrix_oracle(boxes, scores, labels, keep, conf, agnostic):
+    """Matrix NMS in plain loops, straight from the paper: the Gaussian kernel with sigma 3."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:keep]
+
+    def overlap(i, j):
+        return float(iou(boxes[i], boxes[j])) if agnostic or labels[i] == labels[j] else 0.0
+
+    found = []
+    for rank, j in enumerate(order):
+        decay = 1.0
+        for above, i in enumerate(order[:rank]):
+            most = max((overlap(k, i) for k in order[:above]), default=0.0)
+            decay = min(decay, math.exp(-3 * overlap(i, j) ** 2) / math.exp(-3 * most**2))
+        if scores[j] * decay > conf:
+            found.append((scores[j] * decay, labels[j], boxes[j].tolist()))
+    return sorted(found, key=lambda row: -row[0])
+
+
+@pytest.mark.parametrize("callback", MATRIX)
+@given(seed=st.integers(0, 10_000), agnostic=st.booleans(), keep=st.sampled_from([3, 12, 300]))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_matrix_nms_is_that_of_its_paper(callback, seed, agnostic, keep):
+    generator = torch.Generator().manual_seed(seed)
+    boxes, scores = 30 * torch.rand(1, 15, 4, generator=generator), torch.rand(1, 15, 3, generator=generator)
+    callback = callback(conf=0.3, nms_type="matrix", max_predictions=keep, class_agnostic_nms=agnostic)
+    (found,) = callback(for_callback(type(callback), boxes, scores))
+    best = scores[0].max(-1)
+    above = (best.values > 0.3).nonzero().squeeze(1)
+    expected = matrix_oracle(
+        cxcywh_to_xyxy(boxes[0, above]), best.values[above].tolist(), best.indices[above].tolist(), keep, 0.3, agnostic
+    )
+    assert found[:, 4].tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
+    assert found[:, 5].int().tolist() == [label for _, label, _ in expected]
+    torch.testing.assert_close(found[:, :4], torch.tensor([box for _, _, box in expected]).reshape(-1, 4))
+
+
+def test_wrong_nms_type():
+    with pytest.raises(ValueError, match="nms_type is 'soft'"):
+        YoloXPostPredictionCallback(nms_type="soft")
 
 
 def test_training_output_is_refused():
@@ -47,15 +123,15 @@ def test_training_output_is_refused():
         YoloXPostPredictionCallback()([torch.zeros(1, 1, 8, 8, 7)] * 3)
 
 
-@given(st.integers(0, 10_000), st.booleans(), st.booleans())
-def test_sorted_bounded_and_suppressed(seed, multi_label, agnostic):
+@pytest.mark.parametrize("kind", CALLBACKS)
+@given(seed=st.integers(0, 10_000), multi_label=st.booleans(), agnostic=st.booleans())
+def test_sorted_bounded_and_suppressed(kind, seed, multi_label, agnostic):
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.rand(2, 60, 9, generator=generator)
-    rows[..., :4] *= 50
-    callback = YoloXPostPredictionCallback(
+    boxes, scores = 50 * torch.rand(2, 60, 4, generator=generator), torch.rand(2, 60, 4, generator=generator)
+    callback = kind.of(
         conf=0.05, iou=0.4, max_predictions=20, multi_label_per_box=multi_label, class_agnostic_nms=agnostic
     )
-    for found in callback((rows, None)):
+    for found in callback(for_callback(kind, boxes, scores)):
         assert len(found) <= 20
         assert (found[:, 4] > 0.05).all()
         assert (found[:, 4].diff() <= 0).all()
