@@ -95,6 +95,7 @@ def decode_ssd(raw: Tensor, default_boxes: Tensor, image_size: tuple[int, int]) 
 
 
 def encode_ssd(boxes: Tensor, default_boxes: Tensor) -> Tensor:
-    """Boxes [..., 4] = cx, cy, w, h in shares of the image → the raw boxes that decode to them."""
+    """Boxes [..., 4] = cx, cy, w, h in shares of the image → the raw boxes that decode to them; finite for no size."""
     centres = (boxes[..., :2] - default_boxes[..., :2]) / default_boxes[..., 2:] / SSD_VARIANCES[0]
-    return torch.cat((centres, (boxes[..., 2:] / default_boxes[..., 2:]).log() / SSD_VARIANCES[1]), dim=-1)
+    sizes = (boxes[..., 2:].clamp(min=1e-6) / default_boxes[..., 2:]).log() / SSD_VARIANCES[1]
+    return torch.cat((centres, sizes), dim=-1)

@@ -22,7 +22,7 @@ from raydet.outputs import PPYOLOE, DFLOutput, raw_of
 _ATSS_POINTS_A_LEVEL = 9
 _TAL_POINTS, _TAL_BETA = 13, 6
 _INSIDE = 1e-9  # pixels from the edge of an object at which a point is inside
-_EPS = 1e-9
+_EPS = 1e-9  # of alignments: an object whose best is not much larger gets little quality
 # Of varifocal and focal loss.
 _ALPHA, _FOCAL_ALPHA, _GAMMA = 0.75, 0.25, 2
 
@@ -177,7 +177,9 @@ def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[A
         first += size
     points = torch.cat(nearest, dim=1)
     candidates = overlap.gather(1, points)
-    threshold = candidates.mean(1, keepdim=True) + candidates.std(1, keepdim=True)
+    mean = candidates.mean(1, keepdim=True)
+    deviation = ((candidates - mean).square().sum(1, keepdim=True) / (points.shape[1] - 1)).sqrt()
+    threshold = mean + deviation
     chosen = (candidates > threshold) & _inside(predictions.points[points], objects[:, None])
     assigned = assign_once(points, chosen, image, overlap, len(predictions.logits))
     quality = iou(predictions.boxes.reshape(-1, 4)[assigned.points], objects[assigned.objects])

@@ -100,8 +100,10 @@ class SSDLoss(DetectionLoss):
         if not len(objects):
             return owner
         # Each object gets its best default box; where that is the best of several, the last of them gets it.
-        best = image * overlap.shape[1] + overlap.argmax(1)
-        number = torch.arange(len(objects), device=overlap.device)
+        # One that overlaps none, outside the image, gets none.
+        highest, best = overlap.max(1)
+        best = image * overlap.shape[1] + best
+        number = torch.where(highest > 0, torch.arange(len(objects), device=overlap.device), -1)
         forced = torch.full_like(owner, -1).reshape(-1).scatter_reduce_(0, best, number, "amax").reshape(owner.shape)
         return torch.where(forced >= 0, forced, owner)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet import models
+from raydet.anchors import ssd_default_boxes
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 
 LOSSES = [YoloXDetectionLoss, YoloXFastDetectionLoss]
@@ -159,6 +160,18 @@ def test_maps_for_other_classes_or_levels_are_refused(kind, outputs):
 def test_what_no_model_gives_is_refused_with_its_shapes(outputs):
     with pytest.raises(ValueError, match="takes the output of YOLOX; this is that of something else: "):
         YoloXDetectionLoss(num_classes=CLASSES)(outputs, some_targets())
+
+
+def test_ssd_teaches_nothing_of_an_object_outside_the_image_and_is_finite_for_one_without_size():
+    generator = torch.Generator().manual_seed(0)
+    default_boxes = ssd_default_boxes((SIDE, SIDE))
+    outputs = tuple(torch.randn(1, rows, len(default_boxes), generator=generator) for rows in (4, CLASSES + 1))
+    criterion = SSDLoss(default_boxes, (SIDE, SIDE), num_classes=CLASSES)
+    inside = [0, 1, 30, 30, 20, 20]
+    alone = criterion.terms(outputs, torch.tensor([inside], dtype=torch.float32))
+    outside = criterion.terms(outputs, torch.tensor([inside, [0, 2, 900, 900, 20, 20]], dtype=torch.float32))
+    torch.testing.assert_close(outside, alone)
+    assert criterion(outputs, torch.tensor([inside, [0, 2, 40, 40, 0, 0]], dtype=torch.float32))[0].isfinite()
 
 
 def test_wrong_iou_type():
