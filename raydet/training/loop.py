@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
+from raydet.losses.base import sum_over_ranks
 from raydet.metrics import MAIN_METRIC
 from raydet.training import checkpoint
 from raydet.training.evaluate import evaluate
@@ -67,10 +68,11 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         meter.update(loss.detach(), components, len(batch.images) * world.size)
         epoch = job.epoch_of(step)
         ends_epoch = epoch > job.epoch_of(step - 1) or step == total
-        if leader and (ends_epoch or step % recipe.track.log_every == 0):
-            numbers, text = meter.flush(step, lr)
-            log.metrics(step=step, epoch=epoch, **numbers)
-            log.say(text)
+        if ends_epoch or step % recipe.track.log_every == 0:
+            numbers, text = meter.flush(step, lr)  # on all ranks: it asks them all
+            if leader:
+                log.metrics(step=step, epoch=epoch, **numbers)
+                log.say(text)
         if not ends_epoch:
             continue
 
@@ -155,9 +157,11 @@ class Meter:
         self._since = time.monotonic()
 
     def flush(self, step: int, lr: float) -> tuple[dict[str, float], str]:
-        """Return the means since the last call, as metrics and as a line of text."""
+        """Return the means over all steps since the last call and all ranks, as metrics and as a line of text."""
         assert self._sum is not None
-        loss, *means = (self._sum / self._steps).tolist()
+        # A rank's loss is its own share, and so may be the components of a user's loss.
+        total, ranks = sum_over_ranks(self._sum)
+        loss, *means = (total / (ranks * self._steps)).tolist()
         values = dict(zip(self._names, means, strict=True))
         for name in ("Loss", "loss"):  # what the families call the sum
             values.pop(name, None)
