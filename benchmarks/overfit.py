@@ -3,7 +3,7 @@
     python benchmarks/overfit.py data/coco                     # all four families, half an hour on two CPU cores
     python benchmarks/overfit.py data/coco yolox_s train.lr=0.002
 
-The eight are the first of val2017 or train2017, by id, that have at least two objects and none with a side below 16 px.
+The eight are the first of train2017, by id, that have at least two objects and none with a side below 16 px.
 Each training is `raydet train` with the recipe of the model, as anyone would run it; it should reach an AP50 of 0.9.
 """
 

@@ -46,6 +46,7 @@ def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) ->
     size = recipe.train.batch_size // workers
     stop = BATCHES_IN_MEMORY * size
     batches = list(local_train_batches(train_samples(recipe, index, job.config.preprocessing.resize), 0, stop, size))
+    assert job.criterion is not None
     model: nn.Module = job.model.to(memory_format=torch.channels_last)
     network = DistributedDataParallel(model.train())
     optimizer = make_optimizer(model, recipe.train)

@@ -47,7 +47,8 @@ def decode_dfl(raw: Tensor, points: Tensor, strides: Tensor) -> Tensor:
     """
     bins = raw.shape[-1] // 4
     distribution = raw.float().reshape(*raw.shape[:-1], 4, bins).softmax(-1)
-    distances = (distribution @ torch.arange(bins, dtype=torch.float32, device=raw.device)) * strides
+    # No matrix product: autocast would make it in half precision.
+    distances = (distribution * torch.arange(bins, device=raw.device)).sum(-1) * strides
     return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
 
 

@@ -68,21 +68,11 @@ class Placement:
     top: int
     scale: tuple[float, float]
 
-    def apply(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Boxes [..., 4] xyxy in pixels of the image → of the input."""
-        placed: npt.NDArray[Any] = boxes * self._scales(boxes) + self._offsets(boxes)
-        return placed
-
     def undo(self, boxes: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Boxes [..., 4] xyxy in pixels of the input → of the image."""
-        original: npt.NDArray[Any] = (boxes - self._offsets(boxes)) / self._scales(boxes)
+        offsets, scales = (np.asarray(pair * 2, boxes.dtype) for pair in ((self.left, self.top), self.scale))
+        original: npt.NDArray[Any] = (boxes - offsets) / scales
         return original
-
-    def _scales(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.asarray(self.scale * 2, like.dtype)
-
-    def _offsets(self, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.asarray((self.left, self.top) * 2, like.dtype)
 
 
 def place(width: int, height: int, size: tuple[int, int], resize: Resize) -> Placement:

@@ -41,14 +41,24 @@ def locate(name: str, key: str) -> Any:
             f"{key}: cannot import {module_name} ({reason}); it must be installed, or lie in the current folder {here}"
         ) from error
     if not hasattr(module, attribute):
-        raise RaydetError(f"{key}: {module.__file__} has no {attribute}{did_you_mean(attribute, dir(module))}")
+        raise RaydetError(
+            f"{key}: {module.__file__ or module_name} has no {attribute}{did_you_mean(attribute, dir(module))}"
+        )
     return getattr(module, attribute)
 
 
 def accepts(function: Callable[..., Any], argument: str) -> bool:
-    """Does a function or class take an argument of this name?"""
-    parameters = inspect.signature(function).parameters
-    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    """Does a function or class take an argument of this name? A class's **settings are those of its base."""
+    chain: list[Callable[..., Any]] = [function]
+    if isinstance(function, type):
+        chain = [vars(base)["__init__"] for base in function.__mro__ if "__init__" in vars(base)]
+    for link in chain:
+        parameters = inspect.signature(link).parameters
+        if argument in parameters:
+            return True
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return not isinstance(function, type)
 
 
 def call(function: Callable[..., Any], key: str, **arguments: Any) -> Any:
@@ -57,9 +67,12 @@ def call(function: Callable[..., Any], key: str, **arguments: Any) -> Any:
     Raises:
         RaydetError: it does not take them, or needs others.
     """
+    name = f"{key}: {getattr(function, '__name__', function)}{inspect.signature(function)}"
+    strange = [argument for argument in arguments if not accepts(function, argument)]
+    if strange:
+        raise RaydetError(f"{name} takes no {' and no '.join(strange)}")
     try:
         inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        signature = str(inspect.signature(function))
-        raise RaydetError(f"{key}: {getattr(function, '__name__', function)}{signature}: {error}") from None
-    return function(**arguments)
+        return function(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RaydetError(f"{name}: {error}") from error

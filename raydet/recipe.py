@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from raydet.errors import RaydetError, did_you_mean
 from raydet.plugins import accepts, is_own, locate
@@ -59,7 +59,7 @@ class Data(Section):
     val_images: str = Field("val2017", description="folder of its images")
     image_size: Annotated[tuple[int, int], BeforeValidator(_image_size)] = Field(
         (640, 640),
-        description="pixels, one number or [height, width], multiples of 32; images are scaled to fit and padded",
+        description="pixels, one number or [height, width], multiples of 32; images are fitted in as the model expects",
     )
     chunk_size: int = Field(
         64, ge=1, description="samples that a Ray Data task makes; a worker's batch should divide it"
@@ -181,6 +181,13 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_warmup(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("warmup_steps") and given.setdefault("warmup_epochs", 0.0):
+            raise ValueError("warmup_epochs and warmup_steps are both set: set the other to 0")
+        return given
 
 
 class Eval(Section):
@@ -358,7 +365,8 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{key}: no such setting{did_you_mean(key, _keys())}")
             elif problem["type"] == "no_such_loss":
-                problems.append(f"{key}.{problem['msg']}, not {problem['input'].get('name')!r}")
+                given = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
+                problems.append(f"{key}.{problem['msg']}, not {given!r}")
             else:
                 problems.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
         raise RaydetError(f"{source}: {'; '.join(problems)}") from None

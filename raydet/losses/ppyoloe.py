@@ -109,7 +109,7 @@ class PPYoloELoss(DetectionLoss):
         image, point = assigned.points // points, assigned.points % points
         stride, centre, wanted = predictions.strides[point], predictions.points[point], objects[assigned.objects]
 
-        distances = predictions.distances.reshape(images * points, -1)[assigned.points]
+        distances = predictions.distances.flatten(0, 1)[assigned.points]
         # An entry that does not count is compared with itself, so that it is finite whatever was predicted there.
         boxes = torch.where(assigned.keep[:, None], decode_dfl(distances, centre, stride), wanted)
         box_loss = (1 - giou(boxes, wanted)) * quality
@@ -119,7 +119,7 @@ class PPYoloELoss(DetectionLoss):
         # The class term of a background point needs no target: all points are taken for that, and those that learn an
         # object are corrected.
         label = targets[assigned.objects, 1].long()
-        logits = predictions.logits.reshape(images * points, -1)[assigned.points, label]
+        logits = predictions.logits.flatten(0, 1)[assigned.points, label]
         positive = (self._class_loss(logits, quality, 1.0) - self._class_loss(logits, 0.0, 0.0)) * assigned.keep
         background = self._class_loss(predictions.logits, 0.0, 0.0).sum((1, 2))
         of_image = background.new_zeros(images, 3).index_add_(0, image, torch.stack((positive, box_loss, dfl_loss), 1))

@@ -79,6 +79,8 @@ class YoloXDetectionLoss(DetectionLoss):
         cls_pos_weight: float | Sequence[float] | None = None,
     ):
         super().__init__()
+        if isinstance(cls_pos_weight, Sequence) and len(cls_pos_weight) != num_classes:
+            raise ValueError(f"cls_pos_weight has {len(cls_pos_weight)} numbers for {num_classes} classes")
         if iou_type not in ("iou", "giou"):
             raise ValueError(f"iou_type is {iou_type!r}: it is 'iou' or 'giou'")
         self.strides = tuple(strides)
@@ -215,7 +217,7 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
     def divisors(self, terms: Terms) -> Tensor:
         """Return what each of the four sums is divided by [4]."""
         foreground = super().divisors(terms)
-        objectness = terms.counts[1] if self.obj_loss_fix else foreground
+        objectness = terms.counts[1].clamp(min=1) if self.obj_loss_fix else foreground
         return torch.stack((foreground, objectness, foreground, foreground))
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
@@ -224,7 +226,7 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         near, inside = self._near_and_inside(predictions, targets)
         candidate = near | inside
         cost, ious = _cost(predictions, targets, near & inside, candidate)
-        most = int(_TOP_IOUS * self.dynamic_ks_bias)
+        most = max(1, int(_TOP_IOUS * self.dynamic_ks_bias))
         best, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, self.dynamic_ks_bias), most)
 
         flat = image[:, None] * cost.shape[1] + points

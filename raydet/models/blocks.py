@@ -193,15 +193,23 @@ def reparametrise(model: nn.Module) -> None:
 
 
 def fold_norms(model: nn.Module) -> None:
-    """Fold the batch norms that follow a convolution in a `Conv` or an `nn.Sequential` into it, for evaluation only."""
+    """Fold the batch norms that follow a convolution in a `Conv` or an `nn.Sequential` into it, for evaluation only.
+
+    Convolutions of another class, or with another padding than zeros, stay as they are, and so do other norms.
+    """
     for module in list(model.modules()):
-        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+        if isinstance(module, Conv) and _can_fold(module.conv, module.bn):
             module.conv, module.bn = fold_norm(module.conv, module.bn), nn.Identity()  # type: ignore[assignment]
         elif isinstance(module, nn.Sequential):
             for number in range(len(module) - 1):
                 conv, norm = module[number], module[number + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[number], module[number + 1] = fold_norm(conv, norm), nn.Identity()
+                if _can_fold(conv, norm):
+                    module[number], module[number + 1] = fold_norm(conv, norm), nn.Identity()  # type: ignore[arg-type]
+
+
+def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
+    return plain and isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:

@@ -58,6 +58,9 @@ class Detector(nn.Module):
             (decoded, raw outputs). Its `num_classes` are those it tells apart, its layers for them are named
             `cls_preds`, and `post_prediction` is the class of its callback.
         preprocessing: None: that of the head's family.
+
+    Attributes:
+        licence: of the weights that were loaded into it; empty: none were.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Detector(nn.Module):
         self.neck = neck
         self.head = head
         self.preprocessing = preprocessing
+        self.licence = ""
 
     @property
     def num_classes(self) -> int:
@@ -128,7 +132,7 @@ class Adapter:
     licence: str
     mark: str
     renames: tuple[tuple[str, str], ...]
-    unused: str = "$^"
+    unused: str | None = None
     convert: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def knows(self, names: Mapping[str, Any]) -> bool:
@@ -139,7 +143,7 @@ class Adapter:
         """Return the tensors under our names."""
         ours = {}
         for theirs, tensor in tensors.items():
-            if re.search(self.unused, theirs):
+            if self.unused and re.search(self.unused, theirs):
                 continue
             name = theirs
             for pattern, replacement in self.renames:

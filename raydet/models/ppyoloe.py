@@ -243,6 +243,7 @@ FAMILY = Family(
                 (r"\.convs\.spp\.conv\.", ".convs.spp.1."),
                 (r"^head\.pred_(cls|reg)\.", r"head.\1_preds."),
             ),
+            unused=r"^head\.proj_conv\b",  # a constant, in early files
         ),
     ),
     recipe="ppyoloe_finetune",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,13 @@ class Weights:
     licence: str
 
 
-def read_weights(weights: str | Path, adapters: Sequence[Adapter]) -> Weights:
+def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collection[str]) -> Weights:
     """Read a checkpoint and translate the names of its tensors.
 
     Args:
         weights: path or URI of a weights file, or path of a checkpoint folder.
         adapters: of all families; which one fits is seen from the names.
+        own: names of the model's tensors; a file that has the same is raydet's.
 
     Raises:
         RaydetError: there is no such file, it cannot be read safely, or its names are of no known project.
@@ -79,17 +81,17 @@ def read_weights(weights: str | Path, adapters: Sequence[Adapter]) -> Weights:
     path = Path(weights)
     if path.is_dir():
         path = path / "model.safetensors"
-    if "://" in str(weights):
-        tensors = _tensors(str(weights), _fetch(str(weights)))
-    elif path.is_file():
-        tensors = _tensors(str(path), path.read_bytes())
-    else:
+    source = str(weights) if is_uri(weights) else str(path)
+    if not is_uri(weights) and not path.is_file():
         raise RaydetError(_WHERE_TO_GET.format(weights=str(weights)))
+    tensors = _tensors(source, _read(source))
+    if set(own) <= set(tensors):
+        return Weights(tensors, "raydet", _own_licence(source))
     for adapter in adapters:
         if adapter.knows(tensors):
             return Weights(adapter.translate(tensors), adapter.source, adapter.licence)
-    if all(any(name.startswith(part) for name in tensors) for part in ("backbone.", "neck.", "head.")):
-        return Weights(tensors, "raydet", _own_licence(path.parent / "config.json"))
+    if all(any(name.startswith(part) for name in tensors) for part in ("backbone.", "head.")):
+        return Weights(tensors, "raydet", _own_licence(source))
     raise RaydetError(
         f"{weights}: tensors like {next(iter(tensors), '(none)')} are of no model known here; raydet reads its own "
         f"checkpoints, and {', '.join(adapter.source for adapter in adapters)}"
@@ -98,6 +100,8 @@ def read_weights(weights: str | Path, adapters: Sequence[Adapter]) -> Weights:
 
 def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapter], strict: bool = False) -> Weights:
     """Load a checkpoint into a model; prediction layers of another class count stay as they are, with a warning.
+
+    The licence of the weights is kept as the model's.
 
     Args:
         model: to load into.
@@ -108,8 +112,8 @@ def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapte
     Raises:
         RaydetError: tensors are missing, left over or of another shape; the message names some.
     """
-    read = read_weights(weights, adapters)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    read = read_weights(weights, adapters, own)
     given = {name: tensor for name, tensor in read.tensors.items() if not name.endswith("num_batches_tracked")}
     shapes = {name: (given[name].shape, own[name].shape) for name in own if name in given}
     differ = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
@@ -133,19 +137,28 @@ def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapte
     if "non-commercial" in read.licence:
         logger.warning("%s: %s", weights, read.licence)
     model.load_state_dict({name: tensor for name, tensor in given.items() if name not in replaced}, strict=False)
+    model.licence = read.licence
     return read
 
 
-def _fetch(uri: str) -> bytes:
+def is_uri(weights: str | Path) -> bool:
+    """Is this a URI, such as s3://bucket/yolox_s.pth, and no path?"""
+    return "://" in str(weights)
+
+
+def _read(source: str) -> bytes:
+    """Read a path or URI whole."""
     from pyarrow import fs
 
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        if not is_uri(source):
+            return Path(source).read_bytes()
+        filesystem, path = fs.FileSystem.from_uri(source)
         with filesystem.open_input_stream(path) as stream:
             content: bytes = stream.read()
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise RaydetError(f"{uri} cannot be read: {reason}") from None
+        raise RaydetError(f"{source} cannot be read: {reason}") from None
     return content
 
 
@@ -160,7 +173,8 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
         return tensors
     try:
         # Only tensors are made; a class or function of any other name is never imported, let alone called.
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file))
+        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # of older files torch cannot say what else is in them
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file)) if is_zip else []
         with torch.serialization.safe_globals([(_Foreign, name) for name in names]):
             content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
@@ -173,8 +187,10 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def _own_licence(config: Path) -> str:
+def _own_licence(source: str) -> str:
+    file, question, query = source.partition("?")
+    folder = file.rpartition("/")[0]
     try:
-        return str(json.loads(config.read_text())["licence"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(_read(f"{folder}/config.json{question}{query}" if folder else "config.json"))["licence"])
+    except (RaydetError, ValueError, KeyError, TypeError):
         return "unknown: the checkpoint's config.json is not beside it"

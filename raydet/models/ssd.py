@@ -156,8 +156,8 @@ class SSDLiteMobileNetV2(Detector):
     def __init__(self, num_classes: int = 80, image_size: tuple[int, int] = (320, 320)):
         backbone = MobileNetV2()
         neck = SSDNeck(backbone.out_channels)
-        self.image_size = image_size
         super().__init__(backbone, neck, SSDHead(neck.out_channels, num_classes, image_size))
+        self.image_size = tuple(image_size)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError where the default boxes are for another size."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from raydet.anchors import anchor_cells, decode_yolox
-from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models.blocks import SPP, Conv, CSPLayer, DepthwiseConv
 from raydet.models.dfl import PRIOR_LOGIT
@@ -197,8 +196,8 @@ class YoloX_X(YoloX):
 
 def _focus_as_convolution(kernel: Tensor) -> Tensor:
     """[C, 12, 3, 3] over the four slices of Focus → [C, 3, 6, 6] of stride 2 over the pixels, the same function."""
-    if kernel.shape[1:] != (12, 3, 3):
-        raise RaydetError(f"the stem of this YOLOX is {list(kernel.shape)}, not a Focus of [C, 12, 3, 3]")
+    if kernel.shape[1:] != (12, 3, 3):  # a convolution already, as in later files of super-gradients
+        return kernel
     pixels = kernel.new_empty(len(kernel), 3, 6, 6)
     for slot, (row, column) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
         pixels[:, :, row::2, column::2] = kernel[:, 3 * slot : 3 * slot + 3]
@@ -260,6 +259,8 @@ FAMILY = Family(
             licence="Apache-2.0 (super-gradients)",
             mark=r"^_backbone\._modules_list\.",
             renames=(
+                # The files that it published have a Focus stem, and names that changed later.
+                (r"^(_backbone\._modules_list\.0)\.conv\.(?=conv\.|bn\.)", r"\1."),
                 # Of a depthwise pair, before names like it appear.
                 (r"\.conv\.(?=conv\.|bn\.)", ".pconv."),
                 *(
@@ -267,9 +268,11 @@ FAMILY = Family(
                     for number, name in enumerate(_SG_BACKBONE)
                 ),
                 *((rf"^_head\._modules_list\.{number}\.", f"{name}.") for number, name in _SG_HEAD.items()),
-                (r"\.bottlenecks\.(\d+)\.cv", r".m.\1.conv"),
-                (r"^backbone\.dark5\.1\.cv", "backbone.dark5.1.conv"),
+                (r"\.(?:bottlenecks|m)\.(\d+)\.cv", r".m.\1.conv"),
+                (r"^(backbone\.dark\d\.\d|neck\.C3_\w\d)\.cv", r"\1.conv"),
             ),
+            unused=r"(^|\.)stride$|^_head\.anchors\.",
+            convert={"backbone.stem.conv.weight": _focus_as_convolution},
         ),
     ),
     recipe="yolox_finetune",

@@ -71,7 +71,8 @@ def train(
 
     Args:
         recipe: a recipe, the name of a shipped one, or the path of a YAML file.
-        model: a detector of your own in place of the recipe's; its preprocessing is that of `model.name`'s family.
+        model: a detector of your own in place of the recipe's; a raydet.models.Detector knows its preprocessing, for
+            any other module it is that of `model.name`'s family.
         loss: a loss of your own, called as `loss, components = criterion(outputs, targets)`, with `component_names`.
         train_data: an index to train on in place of the recipe's.
         val_data: an index to validate on, likewise.

@@ -27,6 +27,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     total = job.total_steps
 
     model: nn.Module = job.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert job.criterion is not None
     criterion = job.criterion.to(device)
     optimizer = make_optimizer(model, settings)
     schedule = Schedule.of(settings, total)

@@ -20,6 +20,7 @@ from raydet.data.samples import Samples
 from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Transform
 from raydet.errors import RaydetError
 from raydet.models import Detector, Family, Preprocessing, load_weights
+from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Data, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
@@ -86,16 +87,14 @@ def make_job(
             f"model.num_classes is {count}, but the data has {len(names)} classes ({_some(names)}); "
             "set it to null or correct the data"
         )
-    licence, name = "", ""
+    name = ""
     if model is None:
         torch.manual_seed(recipe.seed)
         name = recipe.model.name
         model = build(name, len(names), recipe.data.image_size)
         if recipe.model.weights is not None:
-            source = Path(recipe.model.weights).expanduser()
-            weights = find(source) if source.is_dir() else recipe.model.weights
             # To measure prediction layers that nobody has trained would be a mistake.
-            licence = load_weights(model, weights, strict=train_index is None).licence
+            load_weights(model, _weights(recipe.model.weights), strict=train_index is None)
     family = _family(model, recipe)
     config = Config(
         model=name,
@@ -104,9 +103,11 @@ def make_job(
         image_size=recipe.data.image_size,
         preprocessing=_preprocessing(model, family),
         thresholds=recipe.eval,
-        licence=licence,
+        licence=getattr(model, "licence", ""),
     )
-    criterion = loss if loss is not None else _make_loss(recipe, family, model)
+    criterion = None
+    if train_index is not None:
+        criterion = _check_loss(loss if loss is not None else _make_loss(recipe, family, model))
     train_images = len(train_index) if train_index is not None else 0
     return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 
@@ -194,6 +195,12 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {workers} equally")
 
 
+def _weights(text: str) -> str | Path:
+    """Return what the recipe's weights mean: a URI, a file, a checkpoint, or the best one of a run."""
+    path = Path(text).expanduser()
+    return text if is_uri(text) else find(path) if path.is_dir() else path
+
+
 def _family(model: nn.Module, recipe: Recipe) -> Family | None:
     """Return the model's family; None for a head of the user's own."""
     if not isinstance(model, Detector):
@@ -218,7 +225,9 @@ def _preprocessing(model: nn.Module, family: Family | None) -> Preprocessing:
 def _make_loss(recipe: Recipe, family: Family | None, model: nn.Module) -> nn.Module:
     settings = recipe.loss.model_dump()
     name: str = settings.pop("name")
-    kind: type[nn.Module] = locate(name, "loss.name") if is_own(name) else getattr(losses, name)
+    kind = locate(name, "loss.name") if is_own(name) else getattr(losses, name)
+    if not isinstance(kind, type):
+        raise RaydetError(f"loss.name: {name} is no class")
     strangers = [other for other in models.FAMILIES if issubclass(kind, other.losses)]
     if family is None:
         if strangers:
@@ -233,6 +242,15 @@ def _make_loss(recipe: Recipe, family: Family | None, model: nn.Module) -> nn.Mo
     known = {key: value for key, value in family.loss_arguments(model).items() if accepts(kind, key)}
     criterion: nn.Module = call(kind, f"loss.name: {name}", **known, **settings)
     return criterion
+
+
+def _check_loss(loss: nn.Module) -> nn.Module:
+    if not isinstance(loss, nn.Module) or not isinstance(getattr(loss, "component_names", None), tuple | list):
+        raise RaydetError(
+            f"the loss {type(loss).__name__} must be a torch.nn.Module with component_names, the names of what it "
+            "returns beside the loss; raydet.losses.DetectionLoss is a base to begin with"
+        )
+    return loss
 
 
 def _some(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ class Job:
         folder: of the run, absolute: workers have another working directory.
         config: what every checkpoint says of the model.
         model: as it begins, on the CPU.
-        criterion: the loss.
+        criterion: the loss; None in an evaluation.
         train_images: number of training images.
         val_index: the images to validate on.
     """
@@ -38,7 +38,7 @@ class Job:
     folder: Path
     config: Config
     model: nn.Module
-    criterion: nn.Module
+    criterion: nn.Module | None
     train_images: int
     val_index: Index
 

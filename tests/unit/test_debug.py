@@ -1,6 +1,7 @@
 """Training and evaluation in this process, without Ray: what `--debug` runs."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 import raydet
 from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
-from raydet.losses import YoloXFastDetectionLoss
+from raydet.losses import PPYoloELoss, YoloXFastDetectionLoss
 from raydet.models import family_of, get
 from raydet.recipe import load
 
@@ -207,7 +208,7 @@ def test_each_family_trains_is_measured_and_predicts(recipe, model, demo, shapes
 OWN = """
 from torch import nn
 
-from raydet.losses import YoloXFastDetectionLoss
+from raydet.losses import PPYoloELoss, YoloXFastDetectionLoss
 from raydet.models import Detector, Preprocessing, YoloXHead, YoloXPAN
 
 
@@ -279,13 +280,34 @@ def test_a_model_and_a_loss_of_one_s_own_by_name(demo, own_module):
         (["model.name={own}:needs_more"], "needs_more(num_classes, depth): missing a required argument: 'depth'"),
         (["model.name={own}:buld"], "has no buld; did you mean build?"),
         (["loss.name={own}:Doubled"], "missing a required argument: 'factor'"),
-        (["loss.name={own}:Backbone", "loss.x=1"], "Backbone(): got an unexpected keyword argument 'x'"),
+        (["loss.name={own}:Backbone", "loss.x=1"], "Backbone() takes no x"),
+        (["loss.name={own}:Backbone"], "the loss Backbone must be a torch.nn.Module with component_names"),
+        (["loss.name={own}:needs_more"], "needs_more is no class"),
+        (["loss.cls_pos_weight=[1, 2]"], "cls_pos_weight has 2 numbers for 5 classes"),
     ],
 )
 def test_mistakes_in_one_s_own_are_named(demo, own_module, overrides, message):
     with pytest.raises(RaydetError) as error:
         train(demo, *(override.format(own=own_module) for override in overrides))
     assert message in str(error.value)
+
+
+def test_a_subclass_of_another_loss_than_the_recipe_s_gets_the_arguments_that_its_base_takes(demo, own_module):
+    """The recipe's loss has arguments that YOLOX's own has not."""
+    path = Path(f"{own_module}.py")
+    path.write_text(path.read_text().replace("YoloXFastDetectionLoss", "YoloXDetectionLoss"))
+    result, _ = train(demo, f"loss.name={own_module}:Doubled", "loss.factor=2", "train.epochs=1")
+    assert "dynamic_ks_bias" not in load(result.folder / "recipe.yaml").loss.model_dump()
+
+
+def test_a_run_of_objects_is_evaluated_with_the_model_alone(demo):
+    """Its recipe names another family's model and loss."""
+    model = get("ppyoloe_s", 5)
+    model.licence = "mine"
+    result, _ = train(demo, "train.epochs=1", model=model, loss=PPYoloELoss(num_classes=5))
+    found = raydet.evaluate(result.folder, model=get("ppyoloe_s", 5), debug=True, device="cpu", say=lambda text: None)
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+    assert json.loads((result.checkpoint / "config.json").read_text())["licence"] == "mine"
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,16 @@ def test_ssd_teaches_nothing_of_an_object_outside_the_image_and_is_finite_for_on
     assert criterion(outputs, torch.tensor([inside, [0, 2, 40, 40, 0, 0]], dtype=torch.float32))[0].isfinite()
 
 
+def test_positive_weights_must_be_one_a_class():
+    with pytest.raises(ValueError, match="cls_pos_weight has 2 numbers for 4 classes"):
+        YoloXDetectionLoss(num_classes=CLASSES, cls_pos_weight=[1.0, 2.0])
+
+
+def test_an_object_takes_a_point_however_small_the_bias():
+    criterion = YoloXFastDetectionLoss(num_classes=CLASSES, dynamic_ks_bias=0.01)
+    assert criterion.terms(raw_maps(), some_targets()).normaliser >= 1
+
+
 def test_wrong_iou_type():
     with pytest.raises(ValueError, match="iou_type is 'ciou'"):
         YoloXDetectionLoss(iou_type="ciou")
@@ -276,6 +286,32 @@ def test_two_ranks_learn_what_one_learns_from_both_batches(two_ranks, number):
         for mine, other in zip(parameters, theirs, strict=True):
             torch.testing.assert_close(other, mine, atol=1e-5, rtol=0)
         torch.testing.assert_close(logged, components, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: f"{case[0]}-{case[1].__name__}")
+@pytest.mark.parametrize(
+    ("images", "classes", "dtype"),
+    [(0, 2, torch.float32), (2, 1, torch.float32), (1, 2, torch.bfloat16), (2, 2, torch.float16)],
+)
+def test_no_images_one_class_and_half_precision_are_finite(case, images, classes, dtype):
+    """Autocast gives outputs in half precision; the loss is computed in single precision."""
+    name, kind, settings = case
+    model = models.get(name, classes, image_size=(SIDE, SIDE)).eval()
+    criterion = kind(**models.family_of(model).loss_arguments(model), **settings)
+    with torch.no_grad():
+        _, raw = model(torch.rand(2, 3, SIDE, SIDE))
+
+    def leaf(item):
+        predicted = isinstance(item, torch.Tensor) and item.ndim > 2  # not the anchors
+        return item[:images].to(dtype).requires_grad_() if predicted else item
+
+    outputs = [leaf(item) for item in raw]
+    loss, components = criterion(outputs, torch.tensor([[0, classes - 1, 30.0, 30, 40, 20]])[:images])
+    loss.backward()
+    assert loss.dtype == components.dtype == torch.float32
+    assert components.isfinite().all()
+    assert loss.item() == pytest.approx(components[-1].item())
+    assert all(item.grad.isfinite().all() for item in outputs if getattr(item, "requires_grad", False))
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: f"{case[0]}-{case[1].__name__}")

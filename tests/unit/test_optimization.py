@@ -59,7 +59,7 @@ def test_all_may_be_decayed_and_the_optimizer_may_be_adamw():
 
 
 def test_warm_up_in_steps():
-    schedule = Schedule.of(Train(epochs=10, warmup_epochs=2, warmup_steps=7, cooldown_epochs=0), total=100)
+    schedule = Schedule.of(Train(epochs=10, warmup_steps=7, cooldown_epochs=0), total=100)
     assert schedule.warmup == 7
 
 
