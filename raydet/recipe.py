@@ -112,6 +112,9 @@ class PPYoloELoss(Section):
     dfl_loss_weight: float = Field(0.5, ge=0, description="weight of the distribution focal term")
     use_varifocal_loss: bool = Field(True, description="class term: varifocal, else quality focal loss")
     use_static_assigner: bool = Field(False, description="assign points by ATSS, else task-aligned")
+    static_assigner_end_epoch: int | None = Field(
+        None, ge=0, description="by ATSS in so many epochs, then task-aligned; null: use_static_assigner says for all"
+    )
 
 
 class SSDLoss(Section):

@@ -55,6 +55,9 @@ class DetectionLoss(nn.Module):
         """
         raise NotImplementedError
 
+    def at_epoch(self, epoch: int) -> None:
+        """Change what changes in the course of a training; called before each step with the epochs that are done."""
+
     def forward(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, a scalar to call backward on, and its components, detached and the same on every rank.
 

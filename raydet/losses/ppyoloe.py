@@ -58,11 +58,13 @@ class PPYoloELoss(DetectionLoss):
     Args:
         num_classes: C.
         use_varifocal_loss: varifocal loss (Zhang et al., 2020), else quality focal loss.
-        use_static_assigner: assign by ATSS, else task-aligned. May be changed during a training.
+        use_static_assigner: assign by ATSS, else task-aligned.
         reg_max: the longest distance that the model can express, in strides; None: whatever the model's is.
         classification_loss_weight: weight of the class term.
         iou_loss_weight: weight of the GIoU term.
         dfl_loss_weight: weight of the DFL term.
+        static_assigner_end_epoch: ATSS assigns in so many epochs, the task-aligned assigner in those after them; None:
+            `use_static_assigner` says for all.
     """
 
     component_names = ("loss_cls", "loss_iou", "loss_dfl", "loss")
@@ -76,12 +78,14 @@ class PPYoloELoss(DetectionLoss):
         classification_loss_weight: float = 1.0,
         iou_loss_weight: float = 2.5,
         dfl_loss_weight: float = 0.5,
+        static_assigner_end_epoch: int | None = None,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.use_varifocal_loss = use_varifocal_loss
         self.use_static_assigner = use_static_assigner
         self.reg_max = reg_max
+        self.static_assigner_end_epoch = static_assigner_end_epoch
         self.classification_loss_weight = classification_loss_weight
         self.iou_loss_weight = iou_loss_weight
         self.dfl_loss_weight = dfl_loss_weight
@@ -90,6 +94,11 @@ class PPYoloELoss(DetectionLoss):
     def weights(self) -> tuple[float, ...]:
         """Of loss_cls, loss_iou and loss_dfl."""
         return self.classification_loss_weight, self.iou_loss_weight, self.dfl_loss_weight
+
+    def at_epoch(self, epoch: int) -> None:
+        """Go over to the task-aligned assigner when its time has come."""
+        if self.static_assigner_end_epoch is not None:
+            self.use_static_assigner = epoch < self.static_assigner_end_epoch
 
     def components(self, divided: Tensor, weighted: Tensor, terms: Terms) -> Tensor:
         """Return the terms after weighting, and the loss."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
-from raydet.losses.base import sum_over_ranks
+from raydet.losses.base import DetectionLoss, sum_over_ranks
 from raydet.metrics import MAIN_METRIC
 from raydet.training import checkpoint
 from raydet.training.evaluate import evaluate
@@ -57,6 +57,8 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = job.config.preprocessing(batch.images.to(device, non_blocking=True))
+        if isinstance(criterion, DetectionLoss):
+            criterion.at_epoch(job.epoch_of(step))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = network(images)
         loss, components = criterion(outputs, batch.targets.to(device, non_blocking=True))

@@ -229,17 +229,16 @@ def _make_loss(recipe: Recipe, family: Family | None, model: nn.Module) -> nn.Mo
     if not isinstance(kind, type):
         raise RaydetError(f"loss.name: {name} is no class")
     strangers = [other for other in models.FAMILIES if issubclass(kind, other.losses)]
-    if family is None:
-        if strangers:
-            models.family_of(model)  # says whose heads these losses are for
-        return call(kind, f"loss.name: {name}", **settings)  # type: ignore[no-any-return]
-    if strangers and not issubclass(kind, family.losses):
+    if family is None and strangers:
+        models.family_of(model)  # raises: it says whose heads there are losses for
+    if family is not None and strangers and not issubclass(kind, family.losses):
         raise RaydetError(
             f"loss.name: {name} is a loss of {' and '.join(other.name for other in strangers)}, the model is of "
             f"{family.name}; its losses are {', '.join(loss.__name__ for loss in family.losses)}. The recipe "
             f"{family.recipe} has both"
         )
-    known = {key: value for key, value in family.loss_arguments(model).items() if accepts(kind, key)}
+    known = family.loss_arguments(model) if family is not None else {"num_classes": model.num_classes}
+    known = {key: value for key, value in known.items() if accepts(kind, key)}
     criterion: nn.Module = call(kind, f"loss.name: {name}", **known, **settings)
     return criterion
 

@@ -174,6 +174,19 @@ def test_ssd_teaches_nothing_of_an_object_outside_the_image_and_is_finite_for_on
     assert criterion(outputs, torch.tensor([inside, [0, 2, 40, 40, 0, 0]], dtype=torch.float32))[0].isfinite()
 
 
+def test_ppyoloe_goes_from_atss_to_the_task_aligned_assigner():
+    criterion = PPYoloELoss(static_assigner_end_epoch=2)
+    used = []
+    for epoch in (0, 1, 2, 3, 0):  # a training may be resumed at any
+        criterion.at_epoch(epoch)
+        used.append(criterion.use_static_assigner)
+    assert used == [True, True, False, False, True]
+    for always in (True, False):
+        criterion = PPYoloELoss(use_static_assigner=always)
+        criterion.at_epoch(7)
+        assert criterion.use_static_assigner == always
+
+
 def test_positive_weights_must_be_one_a_class():
     with pytest.raises(ValueError, match="cls_pos_weight has 2 numbers for 4 classes"):
         YoloXDetectionLoss(num_classes=CLASSES, cls_pos_weight=[1.0, 2.0])
