@@ -40,7 +40,8 @@ def test_a_loss_never_waits_for_the_gpu(name, kind, settings):
     images = torch.rand(2, 3, 96, 96, device="cuda")
     targets = TARGETS.pin_memory()
     criterion(model(images), targets)[0].backward()  # once, to let CUDA set itself up
-    outputs = model(images)
+    with torch.autocast("cuda", torch.bfloat16):  # as in training
+        outputs = model(images)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -73,9 +74,16 @@ def test_a_gpu_computes_what_a_cpu_does(name, kind, settings):
                 parameter.normal_(std=0.1)
     criterion = some_loss(model, kind, settings)
     images = torch.rand(2, 3, 96, 96)
-    expected = criterion(model(images), TARGETS)[0].item()
-    found = criterion.cuda()(model.cuda()(images.cuda()), TARGETS)[0].item()
-    assert found == pytest.approx(expected, rel=1e-2)
+    torch.backends.cudnn.allow_tf32 = False
+    results = []
+    for device in ("cpu", "cuda"):
+        model.zero_grad()
+        loss, components = criterion.to(device)(model.to(device)(images.to(device)), TARGETS)
+        loss.backward()
+        predictions = [p.grad.norm().item() for key, p in model.named_parameters() if "_preds." in key]
+        results.append([loss.item(), *components.tolist(), *predictions])
+    torch.backends.cudnn.allow_tf32 = True
+    assert results[1] == pytest.approx(results[0], rel=1e-2, abs=1e-4)
 
 
 def test_training_in_bf16_on_a_gpu(demo):
