@@ -20,8 +20,8 @@ class Alone:
 
 ray.init(address="local", num_cpus=1, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR")
 recipe = load("demo", ["data.root=" + sys.argv[1], "data.image_size=320"])
-train = train_samples(recipe, load_index(recipe.data, "train"))
-val = val_samples(recipe, load_index(recipe.data, "val"))
+train = train_samples(recipe, load_index(recipe.data, "train"), "pad_bottom_right")
+val = val_samples(recipe, load_index(recipe.data, "val"), "pad_bottom_right")
 batches = train_batches(ray.put(train), train, 0, 8 * 400, 8, Alone())
 next(batches)
 time.sleep(8)  # the object store fills

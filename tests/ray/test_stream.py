@@ -65,7 +65,7 @@ def indices(shapes):
 @pytest.fixture(scope="module")
 def reference(settings, indices):
     """Position → digest, made in this process."""
-    samples = train_samples(settings(1), indices[0])
+    samples = train_samples(settings(1), indices[0], "pad_bottom_right")
     return dict(entry for batch in local_train_batches(samples, 0, STOP, 16) for entry in digests(batch))
 
 
@@ -101,7 +101,10 @@ def streams(settings, indices):
         recipe = settings(workers)
         job = make_job(recipe, *indices)
         job.folder.mkdir(parents=True, exist_ok=True)
-        pair = train_samples(recipe, indices[0]), val_samples(recipe, indices[1])
+        pair = (
+            train_samples(recipe, indices[0], "pad_bottom_right"),
+            val_samples(recipe, indices[1], "pad_bottom_right"),
+        )
         found[workers] = _on_ray(record, job, pair, verbose=False, say=print)
     return found
 
