@@ -1,0 +1,213 @@
+"""Checkpoints of other projects, and raydet's own."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from argparse import Namespace
+from collections import UserList
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from raydet import models
+from raydet.errors import RaydetError
+
+SMALL = ["ssd_lite_mobilenet_v2", "yolox_n", "ppyoloe_s", "yolo_nas_s"]
+C = 5
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """The smallest model of each family."""
+    torch.manual_seed(0)
+    return {name: models.get(name, C) for name in SMALL}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_come_back(zoo, name, tmp_path):
+    save_file(zoo[name].state_dict(), tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors", (tmp_path / "model.safetensors").as_uri()):
+        again = models.get(name, C, weights=path)
+        assert all(torch.equal(a, b) for a, b in zip(zoo[name].parameters(), again.parameters(), strict=True))
+
+
+def test_the_moving_average_goes_before_the_weights_of_the_last_step(zoo, tmp_path):
+    """super-gradients keeps both."""
+    net = zoo["yolox_n"].state_dict()
+    average = {f"module.{name}": 0 * tensor for name, tensor in net.items()}
+    torch.save({"net": net, "ema_net": average, "epoch": 3, "metrics": {"mAP": 0.4}}, tmp_path / "ckpt_best.pth")
+    assert not any(p.any() for p in models.get("yolox_n", C, weights=tmp_path / "ckpt_best.pth").parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_another_class_count_replaces_the_prediction_layers_and_says_so(zoo, name, tmp_path, caplog):
+    save_file(zoo[name].state_dict(), tmp_path / "model.safetensors")
+    other = models.get(name, 3, weights=tmp_path)
+    assert "is for other classes: the layers that predict the 3 classes here start afresh" in caplog.text
+    assert len(caplog.records) == 1
+    ours = other.state_dict()
+    for key, tensor in zoo[name].state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            same = tensor.shape == ours[key].shape and torch.equal(tensor, ours[key])
+            assert ("cls_preds" in key) != same, key
+    with pytest.raises(RaydetError, match="is not for the 3 classes of the data: train it on them first"):
+        models.load_weights(models.get(name, 3), tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("coco", "raydet downloads none.*github.com/Megvii-BaseDetection/YOLOX.*Apache-2.0.*weights=PATH"),
+        ("none.pth", "neither a weights file nor a checkpoint folder"),
+        ("file:///none/yolox.pth", "file:///none/yolox.pth cannot be read: "),
+        ("nowhere://none/yolox.pth", "nowhere://none/yolox.pth cannot be read: "),
+    ],
+)
+def test_names_of_downloads_are_refused_and_taught(weights, message):
+    with pytest.raises(RaydetError, match=message):
+        models.get("yolox_n", weights=weights)
+
+
+def test_weights_of_another_model_are_refused(zoo, tmp_path):
+    save_file(zoo["yolox_n"].state_dict(), tmp_path / "model.safetensors")
+    for name in ("yolox_t", "ppyoloe_s", "yolo_nas_s", "ssd_lite_mobilenet_v2"):
+        kind = type(models.get(name)).__name__
+        with pytest.raises(
+            RaydetError, match=rf"is not of a {kind}: \d+ tensors do not fit, such as (backbone|neck|head)"
+        ):
+            models.get(name, C, weights=tmp_path)
+
+
+def test_a_licence_goes_with_the_weights(shared, zoo, tmp_path, caplog):
+    """YOLO-NAS' published weights are not for commercial use."""
+    torch.save({"net": tensors_of(shared, "sg_yolo_nas_s")}, tmp_path / "nas.pth")
+    assert "non-commercial" in models.load_weights(models.get("yolo_nas_s"), tmp_path / "nas.pth").licence
+    assert "non-commercial" in caplog.text
+    with pytest.raises(RaydetError, match=r"YOLO-NAS under super-gradients' names\) is not of a PPYoloE_S"):
+        models.get("ppyoloe_s", weights=tmp_path / "nas.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"licence": "mine"}))
+    save_file(zoo["yolox_n"].state_dict(), tmp_path / "model.safetensors")
+    for path in (tmp_path, (tmp_path / "model.safetensors").as_uri()):
+        assert models.get("yolox_n", C, weights=path).licence == "mine"
+
+
+def test_depthwise_pairs_of_super_gradients_are_translated(zoo):
+    """No reference of that size is at hand: its names are those of the larger ones, its pairs `dconv` and `conv`."""
+    adapter = models.family_of("yolox_n").adapters[1]
+    names = {
+        "_backbone._modules_list.1.dconv.conv.weight": "backbone.dark2.0.dconv.conv.weight",
+        "_backbone._modules_list.1.conv.bn.bias": "backbone.dark2.0.pconv.bn.bias",
+        "_backbone._modules_list.2.bottlenecks.0.cv2.conv.conv.weight": "backbone.dark2.1.m.0.conv2.pconv.conv.weight",
+        "_backbone._modules_list.2.bottlenecks.0.cv1.conv.weight": "backbone.dark2.1.m.0.conv1.conv.weight",
+        "_head._modules_list.14.cls_convs.0.1.conv.conv.weight": "head.cls_convs.0.1.pconv.conv.weight",
+        "_head._modules_list.14.reg_convs.2.0.dconv.bn.running_mean": "head.reg_convs.2.0.dconv.bn.running_mean",
+    }
+    assert list(adapter.translate(dict.fromkeys(names))) == list(names.values())
+    assert set(names.values()) <= set(zoo["yolox_n"].state_dict())
+
+
+def test_yolox_files_as_super_gradients_published_them(shared, tmp_path):
+    """A Focus stem, names that changed later, and buffers of strides: as its own loader translates them."""
+    tensors = tensors_of(shared, "sg_yolox_s")
+    torch.save({"net": tensors}, tmp_path / "later.pth")
+    stem = tensors.pop("_backbone._modules_list.0.conv.weight")
+    slices = [stem[:, :, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    published = {"stride": torch.zeros(3), "_head.anchors._stride": torch.zeros(3)}
+    published["_head._modules_list.14.stride"] = torch.zeros(3)
+    published["_backbone._modules_list.0.conv.conv.weight"] = torch.cat(slices, dim=1)
+    for name, tensor in tensors.items():
+        old = name.replace("_backbone._modules_list.0.bn", "_backbone._modules_list.0.conv.bn")
+        old = old.replace(".bottlenecks.", ".m.")
+        published[re.sub(r"(_modules_list\.\d+)\.conv(\d)\.", r"\1.cv\2.", old)] = tensor
+    torch.save({"net": published}, tmp_path / "published.pth")
+    ours, theirs = (models.get("yolox_s", weights=tmp_path / f"{name}.pth") for name in ("later", "published"))
+    for (name, tensor), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def tensors_of(shared, reference):
+    """Random tensors under the names of a reference."""
+    description = json.loads((shared / f"golden/models/{reference}.json").read_text())
+    shapes = description["tensors"]
+    shapes |= {name: shapes[name.rpartition(".")[0] + ".weight"] for name in description["statistics"]}
+    return {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+def test_the_constant_in_early_files_of_ppyoloe_is_left_out(shared, tmp_path):
+    tensors = {**tensors_of(shared, "sg_ppyoloe_s"), "head.proj_conv": torch.zeros(1, 17, 1, 1)}
+    torch.save({"net": tensors}, tmp_path / "early.pth")
+    models.get("ppyoloe_s", weights=tmp_path / "early.pth")
+
+
+def test_a_model_s_own_names_go_before_those_of_other_projects(tmp_path):
+    """A backbone with a part named backbone has names like Megvii's."""
+    model = models.get("yolox_n", C)
+    model.backbone.backbone = nn.Conv2d(3, 3, 1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    models.load_weights(model, tmp_path)
+
+
+def test_files_of_before_the_zip_format_are_read(zoo, tmp_path):
+    net = zoo["yolox_n"].state_dict()
+    torch.save({"net": net}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    models.get("yolox_n", C, weights=tmp_path / "old.pth")
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(RaydetError, match=r"text\.pth is not a checkpoint that can be loaded safely"):
+        models.get("yolox_n", weights=tmp_path / "text.pth")
+    torch.save({"model": {"layer.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(RaydetError, match=r"tensors like layer\.weight are of no model known here"):
+        models.get("yolox_n", weights=tmp_path / "other.pth")
+    torch.save({"model": [1, 2]}, tmp_path / "list.pth")
+    with pytest.raises(RaydetError, match="holds no tensors by name"):
+        models.get("yolox_n", weights=tmp_path / "list.pth")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(RaydetError, match=r"model\.safetensors is damaged"):
+        models.get("yolox_n", weights=tmp_path)
+
+
+def test_what_trainers_keep_beside_the_weights_does_not_matter(zoo, tmp_path):
+    """YOLOX's own keeps its best AP as a number of NumPy, super-gradients keeps settings of classes of its own."""
+    beside = {"ap": np.float64(0.3), "lrs": np.arange(2), "settings": Namespace(lr=0.1), "when": UserList([1, 2])}
+    net = zoo["yolox_n"].state_dict()
+    torch.save({"net": net, **beside}, tmp_path / "ckpt.pth")
+    again = models.get("yolox_n", C, weights=tmp_path / "ckpt.pth").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in net.items() if not key.endswith("batches_tracked"))
+
+
+class Trap:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return self.call(), (str(self.folder),)
+
+
+class TrapOfTheSystem(Trap):
+    def call(self):
+        return os.mkdir
+
+
+class TrapOfALibrary(Trap):
+    def call(self):
+        return shutil.rmtree
+
+
+@pytest.mark.parametrize("trap", [TrapOfTheSystem, TrapOfALibrary])
+def test_nothing_in_a_weights_file_is_run(zoo, tmp_path, trap):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / ("folder" if trap is TrapOfALibrary else "new")
+    torch.save({"net": zoo["yolox_n"].state_dict(), "trap": trap(target)}, tmp_path / "ckpt.pth")
+    with contextlib.suppress(RaydetError):  # torch refuses the system's, and what is no more than ignored may load
+        models.get("yolox_n", C, weights=tmp_path / "ckpt.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pth", "folder"]
