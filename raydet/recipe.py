@@ -51,12 +51,44 @@ class Model(Section):
 class Data(Section):
     """The images and their annotations."""
 
-    format: Literal["coco"] = Field("coco", description="of the annotations: coco (instances_*.json)")
-    root: str = Field("data/coco", description="folder that the other paths of this section start from")
-    train_annotations: str = Field("annotations/instances_train2017.json", description="annotation file to train on")
-    train_images: str = Field("train2017", description="folder of its images")
-    val_annotations: str = Field("annotations/instances_val2017.json", description="annotation file to validate on")
-    val_images: str = Field("val2017", description="folder of its images")
+    format: str = Field(
+        "auto",
+        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (what raydet ingest "
+        "wrote), the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
+    )
+    root: str = Field(
+        "data/coco", description="folder that the other paths of this section start from: a path, s3://… or gs://…"
+    )
+    train_annotations: str | None = Field(
+        None,
+        description="what to train on: coco: the annotation file; voc: the list of names, such as "
+        "ImageSets/Main/train.txt; yolo: the folder or list of images; null: where the format has it",
+    )
+    train_images: str | None = Field(None, description="folder of its images; null: where the format has it")
+    val_annotations: str | None = Field(None, description="what to validate on, as train_annotations")
+    val_images: str | None = Field(None, description="folder of its images; null: where the format has it")
+    class_inclusion_list: list[str] | None = Field(
+        None, description="classes to keep, numbered in this order; objects of others are left out; null: all"
+    )
+    max_num_samples: int | None = Field(None, ge=1, description="the first so many images of each split; null: all")
+    ignore_empty_annotations: bool = Field(
+        False, description="do not train on images without objects; validation always has every image"
+    )
+    difficult: Literal["keep", "ignore", "drop"] = Field(
+        "keep",
+        description="objects that VOC calls difficult: keep as any other, ignore as COCO's crowds (not trained on, no "
+        "miss when not found), or drop",
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        "raise", description="a record or image that cannot be used: stop and name it, or leave it out and count it"
+    )
+    max_errors: int = Field(100, ge=0, description="with on_error: skip, the most that are left out before it stops")
+    shuffle_window: int = Field(
+        4096,
+        ge=1,
+        description="of format: shards: shards are shuffled, then the images within so many neighbours; other formats "
+        "shuffle all images",
+    )
     image_size: Annotated[tuple[int, int], BeforeValidator(_image_size)] = Field(
         (640, 640),
         description="pixels, one number or [height, width], multiples of 32; images are fitted in as the model expects",

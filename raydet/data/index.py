@@ -6,26 +6,34 @@ image id, so that a row means the same image on every host.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydet.data.store import store
+from raydet.errors import RaydetError, did_you_mean
 
 Array = npt.NDArray[Any]
 
 COLUMNS = pa.schema(
     [
         ("image_id", pa.int64()),
-        ("path", pa.string()),  # relative to the root
+        ("path", pa.string()),  # relative to the root; of an image in a shard, the path that it had
         ("width", pa.int32()),  # pixels, as the annotations state
         ("height", pa.int32()),
         ("boxes", pa.list_(pa.list_(pa.float64(), 4))),  # xyxy in pixels, as annotated: not clipped, perhaps empty
         ("labels", pa.list_(pa.int32())),  # 0 … number of classes - 1
         ("crowd", pa.list_(pa.uint8())),  # 1: a crowd, never trained on and never a false negative
         ("area", pa.list_(pa.float64())),  # pixels²; COCO's is the segment's, by which it tells small from large
+        # Of an image in a shard: which, and where its bytes are in that file. -1: it is a file of its own.
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
     ]
 )
 
@@ -44,7 +52,7 @@ class Index:
 
     Args:
         table: the rows, with the columns of `COLUMNS`.
-        root: folder that the paths start from.
+        root: folder that the paths start from, a local path or a URI.
         class_names: name of each label.
         category_ids: the annotation file's own id of each label, for results in its terms.
     """
@@ -57,6 +65,7 @@ class Index:
         column = {name: self.table[name].chunk(0) for name in COLUMNS.names} if len(table) else {}
         self._offsets = column["labels"].offsets.to_numpy() if column else np.zeros(1, np.int32)
         self._size = [column[name].to_numpy() for name in ("width", "height")] if column else []
+        self._place = [column[name].to_numpy() for name in ("shard", "offset", "length")] if column else []
         self.image_ids: Array = column["image_id"].to_numpy() if column else np.empty(0, np.int64)
         boxes = column["boxes"].values.values.to_numpy() if column else np.empty(0)
         flat = [column[name].values.to_numpy() for name in ("labels", "crowd", "area")] if column else [np.empty(0)] * 3
@@ -74,8 +83,24 @@ class Index:
         return len(self._flat[0])
 
     def path(self, row: int) -> str:
-        """Absolute path of an image."""
-        return str(Path(self.root) / self.table["path"][row].as_py())
+        """Full path or address of an image, for messages; one in a shard is named with its shard."""
+        name, shard = self.table["path"][row].as_py(), int(self._place[0][row])
+        return store(self.root).path(name if shard < 0 else f"{shard_name(shard)}:{name}")
+
+    def read(self, row: int) -> bytes:
+        """Read an image's file.
+
+        Raises:
+            RaydetError: it is missing or cannot be read.
+        """
+        shard, offset, length = (int(values[row]) for values in self._place)
+        if shard < 0:
+            return store(self.root).read(self.table["path"][row].as_py())
+        return store(self.root).read(shard_name(shard), offset, length)
+
+    def shard(self, row: int) -> int:
+        """Number of the shard that holds an image; -1: none does."""
+        return int(self._place[0][row])
 
     def size(self, row: int) -> tuple[int, int]:
         """Width and height of an image in pixels."""
@@ -89,9 +114,70 @@ class Index:
 
     def head(self, count: int) -> Index:
         """Return the first `count` images."""
+        return self.take(np.arange(min(count, len(self))))
+
+    def take(self, rows: Array) -> Index:
+        """Return the images of the given rows, in that order."""
         # Rebuilt, not sliced: a sliced list column keeps the offsets and the values of the whole.
-        table = self.table.slice(0, count).take(np.arange(min(count, len(self))))
-        return Index(table, self.root, self.class_names, self.category_ids)
+        return Index(self.table.take(rows), self.root, self.class_names, self.category_ids)
+
+    def without_empty(self) -> Index:
+        """Return the images that have an object to learn: a crowd is none."""
+        real = np.concatenate(([0], np.cumsum(self._flat[2] == 0)))[self._offsets]
+        return self.take(np.flatnonzero(np.diff(real)))
+
+    def with_classes(self, names: Sequence[str]) -> Index:
+        """Return all images with the objects of these classes only, whose labels number `names` in their order.
+
+        Raises:
+            RaydetError: a name is unknown or occurs twice.
+        """
+        unknown = [name for name in names if name not in self.class_names]
+        if unknown:
+            raise RaydetError(f"there is no class {unknown[0]}{did_you_mean(unknown[0], self.class_names)}")
+        if len(set(names)) < len(names):
+            raise RaydetError("a class is named twice")
+        label_of = np.full(len(self.class_names), -1)
+        old = [self.class_names.index(name) for name in names]
+        label_of[old] = np.arange(len(names))
+        boxes, labels, crowd, area = self._flat
+        labels = label_of[labels.astype(np.int64)]
+        keep = labels >= 0
+        counts = np.concatenate(([0], np.cumsum(keep)))[self._offsets]
+        columns = _object_columns(counts, boxes[keep], labels[keep], crowd[keep], area[keep])
+        table = self.table
+        for name, column in columns.items():
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        return Index(table, self.root, names, [self.category_ids[label] for label in old])
+
+    def save(self) -> bytes:
+        """Return the index as a Parquet file, which `load` reads."""
+        about = {"root": self.root, "class_names": self.class_names, "category_ids": self.category_ids}
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.table.replace_schema_metadata({"raydet": json.dumps(about)}), sink, compression="zstd")
+        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def load(content: bytes, root: str | None = None) -> Index:
+        """Read what `save` gave.
+
+        Args:
+            content: the Parquet file.
+            root: where the images are now; None: where they were.
+
+        Raises:
+            ValueError: it is no index.
+        """
+        table = pq.read_table(pa.BufferReader(content))
+        about = json.loads((table.schema.metadata or {}).get(b"raydet", b"null"))
+        if about is None:
+            raise ValueError("it is no index of raydet")
+        return Index(table, root or about["root"], about["class_names"], about["category_ids"])
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.parquet"
 
 
 def make_index(
@@ -123,22 +209,32 @@ def make_index(
     row_of_image[order] = np.arange(len(ids))
     row_of_box = row_of_image[image_of_box] if len(image_of_box) else np.empty(0, np.int64)
     by_row = np.argsort(row_of_box, kind="stable")
-    offsets = pa.array(np.concatenate(([0], np.cumsum(np.bincount(row_of_box, minlength=len(ids))))), pa.int32())
-
-    def ragged(values: pa.Array) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, values)
-
-    flat = pa.array(np.asarray(boxes, np.float64).reshape(-1, 4)[by_row].reshape(-1))
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of_box, minlength=len(ids)))))
+    boxes, labels, crowd, area = (
+        np.asarray(values)[by_row] for values in (np.asarray(boxes).reshape(-1, 4), labels, crowd, area)
+    )
+    nowhere = np.full(len(ids), -1)
     table = pa.table(
         {
             "image_id": ids[order],
             "path": [images[i][1] for i in order],
             "width": [images[i][2] for i in order],
             "height": [images[i][3] for i in order],
-            "boxes": ragged(pa.FixedSizeListArray.from_arrays(flat, 4)),
-            "labels": ragged(pa.array(np.asarray(labels)[by_row], pa.int32())),
-            "crowd": ragged(pa.array(np.asarray(crowd)[by_row], pa.uint8())),
-            "area": ragged(pa.array(np.asarray(area)[by_row], pa.float64())),
+            **_object_columns(offsets, boxes, labels, crowd, area),
+            "shard": nowhere,
+            "offset": nowhere,
+            "length": nowhere,
         }
     )
     return Index(table, root, class_names, category_ids)
+
+
+def _object_columns(offsets: Array, boxes: Array, labels: Array, crowd: Array, area: Array) -> dict[str, pa.Array]:
+    starts = pa.array(offsets, pa.int32())
+    corners = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(boxes, np.float64).reshape(-1)), 4)
+    return {
+        "boxes": pa.ListArray.from_arrays(starts, corners),
+        "labels": pa.ListArray.from_arrays(starts, pa.array(labels, pa.int32())),
+        "crowd": pa.ListArray.from_arrays(starts, pa.array(crowd, pa.uint8())),
+        "area": pa.ListArray.from_arrays(starts, pa.array(area, pa.float64())),
+    }
