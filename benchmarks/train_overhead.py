@@ -27,10 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import raydet
 from raydet.data.batch import local_train_batches
+from raydet.data.formats import load_index
 from raydet.data.synthetic import make_dataset
 from raydet.recipe import Recipe, load
 from raydet.training.optimization import make_optimizer
-from raydet.training.prepare import load_index, make_job, train_samples
+from raydet.training.prepare import make_job, train_samples
 
 BATCHES_IN_MEMORY = 4
 
@@ -102,10 +103,7 @@ def main() -> None:
                 "name=overhead",
                 f"storage={folder}",
                 f"data.root={data}",
-                "data.train_annotations=annotations/instances_train.json",
-                "data.train_images=train",
-                "data.val_annotations=annotations/instances_val.json",
-                "data.val_images=val",
+                "augment.multiscale=null",
                 "train.batch_size=16",
                 "train.epochs=3",
                 "scale.num_workers=2",

@@ -46,7 +46,10 @@ def xywh_to_xyxy(boxes: Boxes) -> Boxes:
 
 def clip(boxes: npt.NDArray[Any], width: float, height: float) -> npt.NDArray[Any]:
     """Clip [..., 4] xyxy to an image of the given size in pixels."""
-    clipped: npt.NDArray[Any] = np.clip(boxes, 0, np.asarray([width, height, width, height], boxes.dtype))
+    # Faster than np.clip on few boxes, of which training clips millions.
+    clipped: npt.NDArray[Any] = np.maximum(
+        np.minimum(boxes, np.asarray([width, height, width, height], boxes.dtype)), 0
+    )
     return clipped
 
 

@@ -17,6 +17,13 @@ from raydet.errors import RaydetError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from raydet.data.batch import Batch
+    from raydet.data.index import Index
+    from raydet.data.report import Report
+    from raydet.recipe import Recipe
+
+TOP_FINDINGS = 10  # that `inspect` prints
+
 app = typer.Typer(
     help="Train and run object detectors on Ray. Start with: raydet recipes",
     no_args_is_help=True,
@@ -57,21 +64,27 @@ def train(
 
     Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
     """
+    from raydet.data.formats import load_index
+    from raydet.data.problems import Problems
+    from raydet.data.store import is_uri
     from raydet.recipe import load
     from raydet.training.launch import train as run
+    from raydet.training.pictures import draw_validation
 
     _check_device(device, debug)
     result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say)
     if result.finished_before:
         _say(f"{result.folder} is finished; another name=… starts another run")
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
+    data = load(result.folder / "recipe.yaml").data
+    index = load_index(data, "val", Problems(data.on_error, data.max_errors))
     if not result.finished_before:
-        _pictures(result.folder)
+        _say(f"detections on validation images, beside the truth: {draw_validation(result.folder, index)}")
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
-    data = load(result.folder / "recipe.yaml").data
+    images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
     program = "raydet" if shutil.which("raydet") else sys.argv[0]
-    _say(f"next: {program} predict {quote(str(result.folder))} {quote(str(Path(data.root) / data.val_images))}")
+    _say(f"next: {program} predict {quote(str(result.folder))} {quote(images)}")
 
 
 @app.command()
@@ -152,6 +165,117 @@ def predict(
 
 
 @app.command()
+def inspect(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
+    ],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="show images also as this recipe augments them; it may name the files"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("inspect.html"),
+    decode: Annotated[
+        bool, typer.Option("--decode", help="open every image too: finds broken ones and copies")
+    ] = False,
+) -> None:
+    """Look at a data set before training on it: numbers, what is wrong, images with boxes, on one HTML page.
+
+    Example: raydet inspect /data/coco --recipe coco2017_yolox_s --decode
+    """
+    from rich.progress import track
+
+    from raydet.data.formats import load_index
+    from raydet.data.problems import Problems
+    from raydet.data.report import decode_all
+    from raydet.data.report import inspect as look
+    from raydet.data.report_page import render
+    from raydet.data.store import Store, is_uri
+    from raydet.recipe import Recipe, load, shipped
+
+    every_problem = ["data.on_error=skip", f"data.max_errors={sys.maxsize}"]
+    if is_uri(data) or Path(data).expanduser().is_dir():
+        settings = load(recipe or Recipe(), [*every_problem, f"data.root={data}", *(overrides or ())])
+    elif recipe is None and (data in shipped() or Path(data).is_file()):
+        recipe, settings = data, load(data, [*every_problem, *(overrides or ())])
+    else:
+        either = "" if recipe else " nor a recipe"
+        raise RaydetError(f"{data} is neither a folder nor the URI of one{either}")
+    splits, problems, decoded = {}, {}, {}
+    for split in ("train", "val"):
+        found = Problems(settings.data.on_error, settings.data.max_errors)
+        try:
+            splits[split] = load_index(settings.data, split, found)
+            problems[split] = found.messages
+        except RaydetError as error:
+            problems[split] = [str(error)]
+    if not splits:
+        raise RaydetError(problems["train"][0])
+    if decode:
+        for split, index in splits.items():
+            decoded[split] = list(track(decode_all(index), f"decoding {split}", total=len(index)))
+    train = splits.get("train")
+    report = look(
+        settings.data.root,
+        splits,
+        problems,
+        image_size=settings.data.image_size,
+        decoded=decoded,
+        augmented=_augmented(settings, train) if recipe is not None and train is not None else None,
+        seed=settings.seed,
+    )
+    try:
+        Store(out.parent).write(out.name, render(report).encode())
+    except OSError as error:
+        raise RaydetError(f"--out {out}: cannot be written ({error.strerror})") from None
+    _summarise(report)
+    _say(f"page: {out}")
+
+
+@app.command()
+def ingest(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
+    ],
+    out: Annotated[str, typer.Argument(help="folder for the shards: s3://…, gs://… or a path that all nodes share")],
+    overrides: Overrides = None,
+    splits: Annotated[list[str] | None, typer.Option("--split", help="train or val [default: both]")] = None,
+    shard_mb: Annotated[
+        float, typer.Option("--shard-mb", help="size of a shard; a task needs five times as much memory", min=1)
+    ] = 128,
+    seed: Annotated[int, typer.Option("--seed", help="of the images' places in the shards", min=0)] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read finished shards once more; write those that are damaged again")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a data set as Parquet shards with the encoded images: object stores are slow with many small files.
+
+    Each image is decoded once, so that broken ones are found here (data.on_error=skip leaves them out). The same
+    command again goes on where it was interrupted. To train from the shards: data.format=shards data.root=OUT.
+
+    Example: raydet ingest coco2017_yolox_s s3://bucket/coco data.root=/data/coco
+    """
+    from raydet.data.ingest import ingest as run
+    from raydet.data.store import is_uri
+    from raydet.recipe import Recipe, load
+
+    is_folder = is_uri(data) or Path(data).expanduser().is_dir()
+    recipe = load(Recipe(), [f"data.root={data}", *(overrides or ())]) if is_folder else load(data, overrides or ())
+    run(
+        recipe.data,
+        out,
+        splits=splits or ("train", "val"),
+        shard_mb=shard_mb,
+        seed=seed,
+        verify=verify,
+        verbose=verbose,
+        say=_say,
+    )
+    _say(f"next: train with data.format=shards data.root={quote(out)}")
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="print this one, resolved, with the meaning of each key")] = None,
     overrides: Overrides = None,
@@ -189,6 +313,26 @@ def main() -> None:
         sys.exit(130)
 
 
+def _augmented(settings: Recipe, index: Index) -> Batch | None:
+    """Return the first training samples as the model will get them; None, and the reason said, if none can be made."""
+    from raydet.data.batch import local_train_batches
+    from raydet.data.report import SHOWN
+    from raydet.models import family_of
+    from raydet.plugins import is_own
+    from raydet.training.checkpoint import build
+    from raydet.training.prepare import train_samples
+
+    try:
+        name = settings.model.name
+        model = build(name, len(index.class_names), settings.data.image_size) if is_own(name) else None
+        preprocessing = (model and model.preprocessing) or family_of(model or name).preprocessing
+        samples = train_samples(settings, index, preprocessing.resize)
+        return next(local_train_batches(samples, 0, SHOWN, SHOWN))
+    except RaydetError as error:
+        _say(f"no augmented images: {error}")
+        return None
+
+
 def _check_device(device: str | None, debug: bool) -> None:
     if device is not None and not debug:
         raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
@@ -197,12 +341,6 @@ def _check_device(device: str | None, debug: bool) -> None:
 def _say(text: str) -> None:
     typer.echo(text)
     sys.stdout.flush()
-
-
-def _pictures(folder: Path) -> None:
-    from raydet.training.pictures import draw_validation
-
-    _say(f"detections on validation images, beside the truth: {draw_validation(folder)}")
 
 
 def _table(metrics: Mapping[str, float]) -> None:
@@ -219,6 +357,37 @@ def _table(metrics: Mapping[str, float]) -> None:
         for name in classes:
             table.add_row(name, f"{metrics[name]:.4f}")
     Console().print(table)
+
+
+def _summarise(report: Report) -> None:
+    from rich.console import Console, Group
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from raydet.data.report_page import overview
+
+    def plain(
+        text: str, style: str = ""
+    ) -> Text:  # names come from strangers: no markup, nothing that moves the cursor
+        return Text("".join(letter if letter.isprintable() else "?" for letter in text), style)
+
+    numbers = {split: overview(statistics) for split, statistics in report.splits.items()}
+    table = Table("", *map(Column, map(plain, numbers)))
+    for name in next(iter(numbers.values())):
+        table.add_row(name, *(values[name] for values in numbers.values()))
+    Console().print(table)
+    if not report.findings:
+        return
+    colour = {"error": "red", "warning": "yellow", "note": "dim"}
+    table = Table("", "split", "", "findings", show_lines=True)
+    table.columns[2].justify = "right"
+    for found in report.findings[:TOP_FINDINGS]:
+        example = f"{'such as ' * (found.count > 1)}{found.examples[0]}"
+        told = Group(plain(found.what), plain(found.remedy, "dim"), plain(example, "dim"))
+        table.add_row(plain(found.level, colour[found.level]), plain(found.split), f"{found.count:,}", told)
+    Console().print(table)
+    if len(report.findings) > TOP_FINDINGS:
+        _say(f"{len(report.findings) - TOP_FINDINGS} more findings are on the page")
 
 
 @app.callback(invoke_without_command=True)

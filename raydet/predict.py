@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from raydet.boxes import place, xyxy_to_xywh
-from raydet.data.samples import imread
-from raydet.data.transforms import Fit, Pad, Sample
+from raydet.data.render import imread, letterbox
 from raydet.errors import RaydetError
 from raydet.models import Detector
 from raydet.training import checkpoint
@@ -60,15 +59,11 @@ class Predictor:
     def predict(self, images: Sequence[npt.NDArray[np.uint8]], conf: float | None = None) -> list[Detections]:
         """Detect in images, uint8 [H, W, 3] BGR of any size; `conf` replaces the checkpoint's lowest score."""
         size, resize = self.config.image_size, self.config.preprocessing.resize
-        rng = np.random.default_rng(0)  # neither transform draws from it
-        batch = np.empty((len(images), 3, *size), np.uint8)
-        for slot, image in enumerate(images):
-            sample = Sample(image, np.empty((0, 4), np.float32), np.empty(0, np.int32))
-            batch[slot] = Pad(size, resize)(Fit(size, resize)(sample, rng), rng).image.transpose(2, 0, 1)
+        batch = np.stack([letterbox(image, size, resize) for image in images])
         thresholds = self.config.thresholds
         if conf is not None:
             thresholds = thresholds.model_copy(update={"score": conf})
-        pixels = self.config.preprocessing(torch.from_numpy(batch).to(self.device))
+        pixels = self.config.preprocessing(torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device))
         results = []
         for image, found in zip(images, post_prediction(self.model, thresholds)(self.model(pixels)), strict=True):
             height, width = image.shape[:2]

@@ -98,14 +98,55 @@ class Data(Section):
     )
 
 
+class OwnTransform(BaseModel):
+    """A transform of the user's own: `name`, and the arguments of its class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+def _range(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] > value[1]:
+        raise ValueError("the first of the two must not be larger than the second")
+    return value
+
+
+Factor = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(gt=0, multiple_of=32)]
+Range = Annotated[tuple[Factor, Factor], BeforeValidator(_range)]
+
+
 class Augment(Section):
     """Random changes to training images."""
 
+    mosaic: float = Field(0.0, ge=0, le=1, description="probability of four images as one, about a random point")
+    degrees: float = Field(0.0, ge=0, le=180, description="affine: largest rotation")
+    translate: float = Field(0.0, ge=0, le=1, description="affine: largest shift, as a share of the image's sides")
+    scale: Range = Field((1.0, 1.0), description="affine: lowest and highest factor of size")
+    shear: float = Field(0.0, ge=0, lt=90, description="affine: largest shear, in degrees")
+    mixup: float = Field(0.0, ge=0, le=1, description="probability of the mean with another image")
+    mixup_scale: Range = Field((0.5, 1.5), description="lowest and highest factor of the other image's size")
+    close_epochs: int = Field(0, ge=0, description="epochs at the end without mosaic, affine and mixup")
     horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left and right")
+    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of mirroring top and bottom")
+    rotate90: float = Field(
+        0.0, ge=0, le=1, description="probability of a turn by 90, 180 or 270 degrees; for square inputs"
+    )
     hsv: float = Field(1.0, ge=0, le=1, description="probability of shifting hue, saturation and value")
-    hue: int = Field(5, ge=0, le=90, description="largest shift of hue, in units of 2 degrees")
+    hue: int = Field(5, ge=0, le=75, description="largest shift of hue, in units of 2 degrees")
     saturation: int = Field(30, ge=0, le=255, description="largest shift of saturation, of 255")
     value: int = Field(30, ge=0, le=255, description="largest shift of value, of 255")
+    channel_swap: float = Field(0.0, ge=0, le=1, description="probability of exchanging blue and red")
+    transforms: list[OwnTransform] = Field(
+        [],
+        description="yours, applied to the pixels last: {name: package.module:Class, and its arguments}; called with a "
+        "raydet.data.Sample and a numpy generator, it returns a Sample of the same size",
+    )
+    multiscale: Annotated[tuple[Side, Side] | None, BeforeValidator(_range)] = Field(
+        None, description="lowest and highest side in pixels that batches are resized to; null: data.image_size"
+    )
+    multiscale_every: int = Field(1, ge=1, description="steps from one such size to the next")
 
 
 class YoloXDetectionLoss(Section):

@@ -1,6 +1,7 @@
 """Fixtures of all tests: the shared reference data, a data set of shapes, and one Ray cluster a session."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports Ray, which reads some of these only then.
@@ -10,6 +11,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
     RAY_DEDUP_LOGS="0",
+    RAYDET_CACHE=tempfile.mkdtemp(prefix="raydet-cache-"),
 )
 
 import pytest

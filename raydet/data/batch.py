@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 import pyarrow as pa
@@ -20,27 +21,30 @@ class Batch:
     """What a training or validation step gets, on the CPU.
 
     Attributes:
-        images: uint8 [B, 3, H, W], BGR; these and the targets in pinned memory where asked for.
+        images: uint8 [B, 3, H, W], BGR, in channels-last memory, as they were decoded and as convolutions like them;
+            these and the targets in pinned memory where asked for.
         targets: float32 [N, 6]: image in the batch, class, cx, cy, w, h in pixels.
         positions: int64 [B], the samples' places in the stream.
         rows: int64 [B], their rows in the index.
+        errors: what could not be read for them, where that is skipped.
     """
 
     images: Tensor
     targets: Tensor
     positions: Tensor
     rows: Tensor
+    errors: tuple[str, ...] = ()
 
 
 def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bool = False) -> Batch:
     """Join blocks of samples into a batch."""
     count = sum(len(block) for block in blocks)
-    images = torch.empty((count, 3, *image_size), dtype=torch.uint8, pin_memory=pin_memory)
+    images = torch.empty((count, *image_size, 3), dtype=torch.uint8, pin_memory=pin_memory)
     pixels = images.numpy()
     start = 0
     for block in blocks:
         stop = start + len(block)
-        pixels[start:stop] = block["image"].combine_chunks().flatten().to_numpy().reshape(-1, 3, *image_size)
+        pixels[start:stop] = block["image"].combine_chunks().flatten().to_numpy().reshape(-1, *image_size, 3)
         start = stop
     table = pa.concat_tables([block.drop(["image"]) for block in blocks]).combine_chunks()
     boxes = table["boxes"].chunk(0)
@@ -51,15 +55,20 @@ def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bo
     targets[:, 1] = table["labels"].chunk(0).flatten().to_numpy()
     targets[:, 2:] = xyxy_to_cxcywh(corners)
     positions, rows = (torch.tensor(table[name].to_numpy()) for name in ("position", "row"))
-    return Batch(images, targets_tensor, positions, rows)
+    errors = tuple(table["errors"].chunk(0).flatten().to_pylist())
+    return Batch(images.permute(0, 3, 1, 2), targets_tensor, positions, rows, errors)
 
 
 def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
     """Yield the batches of positions start … stop - 1, made in this very thread, where a breakpoint stops."""
-    for first in range(start, stop, batch_size):
-        chunks = _by_chunk(first, first + batch_size, samples.chunk_size)
-        blocks = [block for low, high in chunks for block in samples.blocks(low, high, batch_size)]
-        yield to_batch(blocks, samples.image_size)
+    block_size = gcd(batch_size, samples.chunk_size)
+    waiting: list[pa.Table] = []
+    for low, high in _by_chunk(start, stop, samples.chunk_size):
+        for block in samples.blocks(low, high, block_size):
+            waiting.append(block)
+            if len(waiting) * block_size == batch_size:
+                yield to_batch(waiting, samples.image_size)
+                waiting = []
 
 
 def local_eval_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:

@@ -3,144 +3,201 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+import re
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raydet.boxes import xywh_to_xyxy
 from raydet.data.index import Index, make_index
+from raydet.data.problems import Problems
+from raydet.data.scan import present
+from raydet.data.store import Store, inside
 from raydet.errors import RaydetError
 
+# Polygons are most of a file and of the time to parse it, and nothing here uses them. What looks like their key is it:
+# within a JSON string the quotes would be escaped.
+_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
-def load_coco(annotations: str | Path, images: str | Path) -> Index:
+_OBJECT = np.dtype([("bbox", "f8", 4), ("label", "i4"), ("crowd", "?"), ("area", "f8"), ("image", "i8")])
+
+_LEFT_OUT = -1
+
+
+def load_coco(
+    annotations: str | Path, images: str | Path, problems: Problems | None = None, store: Store | None = None
+) -> Index:
     """Read a COCO annotation file.
 
-    Labels number the file's categories in the order of their ids. Crowds are kept as such, images without objects are
-    kept, and boxes stay as annotated.
+    Labels number the file's categories in the order of their ids. Crowds are kept as such (without `iscrowd`, an object
+    is none), images without objects are kept, and boxes stay as annotated, also where they have no area or lie outside
+    their image: COCO's metric counts those, and training drops them.
+
+    A problem is an image whose id is no whole number or occurs before, whose file name leaves the folder, which has no
+    valid size, or whose file is missing: it is left out, and its annotations with it. So is an annotation of an unknown
+    category or of an image that is not listed, without numbers for a bbox, with one that is not finite or has a
+    negative side, or whose id occurs before.
 
     Args:
         annotations: path of the JSON file.
         images: folder that its `file_name`s start from.
+        problems: gets what is wrong with images and annotations; None: the first problem stops.
+        store: what the paths start from; None: they are local.
 
     Raises:
-        RaydetError: the file or folder is missing, is not COCO, or holds a record that makes no sense; the message
-            names the file and the record.
+        RaydetError: the file or folder is missing, is not COCO, or its categories make no sense; or see `problems`. The
+            message names the file and the record.
     """
-    annotations, images = Path(annotations), Path(images)
-    if not images.is_dir():
-        raise RaydetError(f"{images}: no such folder of images")
-    content = _read(annotations)
+    problems, store = problems or Problems(), store or Store(".")
+    folder, source = store.below(str(images)), store.path(str(annotations))
+    if folder.kind() != "folder":
+        raise RaydetError(f"{folder.root}: no such folder of images")
+    if store.kind(str(annotations)) != "file":
+        raise RaydetError(f"{source}: no such annotation file")
+    content = _parse(store.read(str(annotations)), source)
 
-    for category in content["categories"]:
-        if not isinstance(category["id"], int) or category["id"] < 0:
-            raise RaydetError(f"{annotations}: category id {category['id']!r} is not a whole number of 0 or more")
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    category_ids = [c["id"] for c in categories]
-    class_names = [str(c["name"]) for c in categories]
-    _refuse_duplicates(category_ids, f"{annotations}: category id")
-    _refuse_duplicates(class_names, f"{annotations}: category name")
-    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-
-    records = [_image(image, annotations) for image in content["images"]]
-    _refuse_duplicates([image_id for image_id, *_ in records], f"{annotations}: image id")
-    position_of = {image_id: position for position, (image_id, *_) in enumerate(records)}
-    _require_files([path for _, path, *_ in records], images, annotations)
-
-    boxes = np.empty((len(content["annotations"]), 4))
-    labels, crowd, area, image_of_box = [], [], [], []
-    for row, record in enumerate(content["annotations"]):
-        if not isinstance(record, dict):
-            raise RaydetError(f"{annotations}: an annotation is no object: {str(record)[:120]}")
-        for key, known in (("category_id", label_of), ("image_id", position_of)):
-            if not isinstance(record.get(key), int) or record[key] not in known:
-                what = "categories" if key == "category_id" else "images"
-                raise RaydetError(f"{_name(record, annotations)}: {key} {record.get(key)} is not in the file's {what}")
-        try:
-            x, y, width, height = record["bbox"]
-            boxes[row] = x, y, width, height
-            area.append(float(record.get("area", boxes[row, 2] * boxes[row, 3])))
-        except (KeyError, TypeError, ValueError):
-            raise RaydetError(f"{_name(record, annotations)}: bbox or area is missing or not of numbers") from None
-        labels.append(label_of[record["category_id"]])
-        image_of_box.append(position_of[record["image_id"]])
-        crowd.append(record.get("iscrowd", 0) in (1, True, "1"))
-    bad = np.flatnonzero(~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1))
-    if len(bad):
-        record = content["annotations"][bad[0]]
-        raise RaydetError(
-            f"{_name(record, annotations)}: bbox {record['bbox']} has a negative or infinite side "
-            f"({len(bad)} such annotations); correct or remove them"
-        )
+    name_of = _categories(content["categories"], source)
+    label_of = {category_id: label for label, category_id in enumerate(name_of)}
+    kept, position_of = _images(content["images"], folder, source, problems)
+    objects = np.fromiter(_objects(content["annotations"], label_of, position_of, source, problems), _OBJECT)
     return make_index(
-        records,
-        xywh_to_xyxy(boxes),
-        np.array(labels),
-        np.array(crowd),
-        np.array(area),
-        np.array(image_of_box),
-        root=str(images.resolve()),
-        class_names=class_names,
-        category_ids=category_ids,
+        kept,
+        xywh_to_xyxy(objects["bbox"]),
+        objects["label"],
+        objects["crowd"],
+        objects["area"],
+        objects["image"],
+        root=folder.root,
+        class_names=list(name_of.values()),
+        category_ids=list(name_of),
     )
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise RaydetError(f"{path}: no such annotation file")
+def _parse(content: bytes, source: str) -> Any:
     try:
-        content: Any = json.loads(path.read_bytes())
+        parsed = json.loads(_POLYGONS.sub(b'"segmentation":0', content))
     except ValueError as error:
-        raise RaydetError(f"{path} is not JSON: {error}") from None
-    for key, fields in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
-            raise RaydetError(f"{path} is not a COCO annotation file: it has no list '{key}', or an empty one")
-        for record in content[key]:
-            missing = [field for field in fields if field not in record] if isinstance(record, dict) else list(fields)
-            if missing:
-                raise RaydetError(f"{path}: a record of '{key}' has no '{missing[0]}': {str(record)[:120]}")
-    if not isinstance(content.get("annotations"), list):
-        raise RaydetError(f"{path} is not a COCO annotation file: it has no list 'annotations'")
-    return content
+        raise RaydetError(f"{source} is not JSON: {error}") from None
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(parsed, dict) or not isinstance(parsed.get(key), list):
+            raise RaydetError(f"{source} is not a COCO annotation file: it has no list '{key}'")
+    for key in ("images", "categories"):
+        if not parsed[key]:
+            raise RaydetError(f"{source}: the list '{key}' is empty")
+    return parsed
 
 
-def _image(record: dict[str, Any], source: Path) -> tuple[int, str, int, int]:
-    name, image_id = str(record["file_name"]), record["id"]
-    if not isinstance(image_id, int):
-        raise RaydetError(f"{source}: image id {image_id!r} of {name} is not a whole number")
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts:
-        raise RaydetError(f"{source}: file name {name!r} (image id {image_id}) leaves the folder of images")
+def _categories(records: list[Any], source: str) -> dict[int, str]:
+    """Return category id → name, in the order of the ids."""
+    for record in records:
+        if not isinstance(record, dict) or not {"id", "name"} <= record.keys():
+            raise RaydetError(f"{source}: a category has no 'id' or no 'name': {str(record)[:120]}")
+        if not isinstance(record["id"], int) or record["id"] < 0:
+            raise RaydetError(f"{source}: category id {record['id']!r} is not a whole number of 0 or more")
+    for key in ("id", "name"):
+        value, count = Counter(str(record[key]) for record in records).most_common(1)[0]
+        if count > 1:
+            raise RaydetError(f"{source}: category {key} {value} occurs more than once")
+    return {record["id"]: str(record["name"]) for record in sorted(records, key=lambda record: record["id"])}
+
+
+def _images(
+    records: list[Any], folder: Store, source: str, problems: Problems
+) -> tuple[list[tuple[int, str, int, int]], dict[int | str, int]]:
+    """Return the images to keep, and the position of each listed id among them, `_LEFT_OUT` if it is not."""
+    images = {}
+    broken = []
+    for record in records:
+        try:
+            image = _image(record)
+            if image[0] in images:
+                raise ValueError("its id occurs more than once")
+            images[image[0]] = image
+        except ValueError as error:
+            problems.add(f"{source}: image {_get(record, 'file_name')} (id {_get(record, 'id')}): {error}")
+            broken += [image_id] if isinstance(image_id := _get(record, "id"), int | str) else []
+    there = present(folder, [path for _, path, *_ in images.values()])
+    missing = [image for image in images.values() if image[1] not in there]
+    for image_id, path, *_ in missing:
+        problems.add(
+            f"{source}: image {path} (id {image_id}): it is not in {folder.root} "
+            f"({len(missing)} of {len(images)} are not)"
+        )
+    kept = [image for image in images.values() if image[1] in there]
+    left_out = dict.fromkeys([*broken, *(image_id for image_id, *_ in missing)], _LEFT_OUT)
+    return kept, left_out | {image_id: position for position, (image_id, *_) in enumerate(kept)}
+
+
+def _image(record: Any) -> tuple[int, str, int, int]:
+    """Return id, path, width and height."""
+    _require(record, "id", "file_name", "width", "height")
+    image_id = record["id"]
+    if not isinstance(image_id, int) or image_id.bit_length() > 63:
+        raise ValueError(f"id {image_id!r} is not a whole number")
     try:
         width, height = int(record["width"]), int(record["height"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         width = height = 0
-    if width <= 0 or height <= 0:
-        raise RaydetError(f"{source}: image {name} (id {image_id}) has no valid width and height")
-    return image_id, str(path), width, height
+    if not 0 < width < 2**31 or not 0 < height < 2**31:
+        raise ValueError("it has no valid width and height")
+    return image_id, inside(str(record["file_name"])), width, height
 
 
-def _require_files(paths: list[str], folder: Path, source: Path) -> None:
-    listing = {parent: _names(folder / parent) for parent in {os.path.dirname(path) for path in paths}}
-    missing = [path for path in paths if os.path.basename(path) not in listing[os.path.dirname(path)]]
-    if missing:
-        raise RaydetError(
-            f"{folder}: {len(missing)} of the {len(paths)} images that {source.name} lists are not there, "
-            f"the first is {missing[0]}"
-        )
+def _objects(
+    records: list[Any],
+    label_of: Mapping[int, int],
+    position_of: Mapping[int | str, int],
+    source: str,
+    problems: Problems,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the fields of `_OBJECT` of each annotation to keep."""
+    seen = set()
+    for record in records:
+        try:
+            values = _object(record, label_of, position_of)
+            if record.get("id") in seen:
+                raise ValueError("its id occurs more than once")
+        except (TypeError, ValueError) as error:  # the former: an id that is a list
+            problems.add(f"{source}: annotation {_get(record, 'id')} of image {_get(record, 'image_id')}: {error}")
+            continue
+        if record.get("id") is not None:
+            seen.add(record["id"])
+        if values[-1] != _LEFT_OUT:
+            yield values
 
 
-def _names(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+def _object(record: Any, label_of: Mapping[int, int], position_of: Mapping[int | str, int]) -> tuple[Any, ...]:
+    _require(record, "image_id", "category_id", "bbox")
+    image_id, category_id = record["image_id"], record["category_id"]
+    if not isinstance(image_id, int | str) or image_id not in position_of:
+        raise ValueError(f"image_id {image_id!r} is not in the file's images")
+    position = position_of[image_id]
+    if position == _LEFT_OUT:
+        return (position,)
+    if not isinstance(category_id, int) or category_id not in label_of:
+        raise ValueError(f"category_id {category_id!r} is not in the file's categories")
+    try:
+        x, y, width, height = record["bbox"]
+        area = record.get("area", width * height)
+        finite = math.isfinite(x + y + width + height + area)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"bbox {record['bbox']} or area {record.get('area')} is not of numbers") from None
+    if not finite or width < 0 or height < 0:
+        raise ValueError(f"bbox {record['bbox']} or area {area} is not finite, or has a negative side")
+    return (x, y, width, height), label_of[category_id], record.get("iscrowd", 0) in (1, "1"), area, position
 
 
-def _refuse_duplicates(ids: list[Any], what: str) -> None:
-    twice = [value for value, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise RaydetError(f"{what} {twice[0]} occurs more than once")
+def _require(record: Any, *keys: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"it is no object: {str(record)[:120]}")
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"it has no {key}")
 
 
-def _name(record: dict[str, Any], source: Path) -> str:
-    return f"{source}: annotation {record.get('id', '(without id)')} of image {record.get('image_id', '(unknown)')}"
+def _get(record: Any, key: str) -> Any:
+    return record.get(key, "?") if isinstance(record, dict) else "?"

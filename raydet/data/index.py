@@ -63,10 +63,11 @@ class Index:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         column = {name: self.table[name].chunk(0) for name in COLUMNS.names} if len(table) else {}
+        self.image_ids: Array = column["image_id"].to_numpy() if column else np.empty(0, np.int64)
         self._offsets = column["labels"].offsets.to_numpy() if column else np.zeros(1, np.int32)
         self._size = [column[name].to_numpy() for name in ("width", "height")] if column else []
-        self._place = [column[name].to_numpy() for name in ("shard", "offset", "length")] if column else []
-        self.image_ids: Array = column["image_id"].to_numpy() if column else np.empty(0, np.int64)
+        places = ("shard", "offset", "length")
+        self._place: list[Array] = [column[name].to_numpy() if column else self.image_ids for name in places]
         boxes = column["boxes"].values.values.to_numpy() if column else np.empty(0)
         flat = [column[name].values.to_numpy() for name in ("labels", "crowd", "area")] if column else [np.empty(0)] * 3
         self._flat = (boxes.reshape(-1, 4), *flat)
@@ -98,9 +99,10 @@ class Index:
             return store(self.root).read(self.table["path"][row].as_py())
         return store(self.root).read(shard_name(shard), offset, length)
 
-    def shard(self, row: int) -> int:
-        """Number of the shard that holds an image; -1: none does."""
-        return int(self._place[0][row])
+    @property
+    def shards(self) -> Array:
+        """Number of the shard that holds each image, -1 where none does."""
+        return self._place[0]
 
     def size(self, row: int) -> tuple[int, int]:
         """Width and height of an image in pixels."""
@@ -227,6 +229,31 @@ def make_index(
         }
     )
     return Index(table, root, class_names, category_ids)
+
+
+def index_of_images(
+    images: Sequence[tuple[int, str, int, int]],
+    objects: Sequence[tuple[Array, Array, Array]],
+    *,
+    root: str,
+    class_names: Sequence[str],
+) -> Index:
+    """Build an index from the objects of each image. An object's area is its box's, a label the source's own id.
+
+    Args:
+        images: (image id, path below the root, width, height), in any order; ids are unique.
+        objects: of each image: boxes [n, 4] xyxy in pixels, labels [n], crowd [n] as bool.
+        root: folder of the images.
+        class_names: name of each label.
+    """
+    none = np.empty((0, 4)), np.empty(0, np.int64), np.empty(0, bool)
+    boxes, labels, crowd = (np.concatenate(column) for column in zip(none, *objects, strict=True))
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    image_of_box = np.repeat(np.arange(len(images)), [len(labels) for _, labels, _ in objects])
+    ids = range(len(class_names))
+    return make_index(
+        images, boxes, labels, crowd, area, image_of_box, root=root, class_names=class_names, category_ids=ids
+    )
 
 
 def _object_columns(offsets: Array, boxes: Array, labels: Array, crowd: Array, area: Array) -> dict[str, pa.Array]:

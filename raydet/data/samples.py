@@ -10,10 +10,9 @@ Nothing here knows Ray or torch: the same functions run in a Ray Data task and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -21,11 +20,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raydet.data.index import Index
-from raydet.data.transforms import Sample, Transform, sanitise
+from raydet.data.mosaic import Composition
+from raydet.data.render import Renderer, Sources
+from raydet.data.transforms import Picture, Sample, SampleTransform, Transform, sanitise
 from raydet.errors import RaydetError
 
-# Two families of random numbers that never share a seed.
-_PERMUTATION, _SAMPLE = 0, 1
+Array = npt.NDArray[Any]
+
+# Families of random numbers that never share a seed.
+_PERMUTATION, _SAMPLE, _OWN = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,31 @@ class Samples:
 
     Args:
         index: the images.
-        transforms: applied in turn; the last must leave images of `image_size`.
+        transforms: applied in turn; the last must leave pictures of `image_size`.
         image_size: (height, width) of every sample in pixels, multiples of 32.
         chunk_size: positions a task makes at a time.
         seed: of the permutations and of the transforms.
         shuffle: each epoch in an order of its own; without it, position p is row p, as in validation.
+        close_at: from this position on, `closed` are applied; None: never.
+        closed: what is left of the transforms at the end of a training.
+        own: transforms of the user's own, applied to the pixels last.
+        window: neighbours among which the images of shards are shuffled.
+        on_error: what an image that cannot be read does: it stops the stream, or "skip" shows another of the chunk in
+            its place, or in validation a grey one.
     """
 
     index: Index
-    transforms: tuple[Transform, ...]
+    transforms: tuple[Transform | Composition, ...]
     image_size: tuple[int, int]
     chunk_size: int = 64
     seed: int = 0
     shuffle: bool = True
+    close_at: int | None = None
+    closed: tuple[Transform | Composition, ...] = ()
+    own: tuple[SampleTransform, ...] = ()
+    window: int = 4096
+    on_error: Literal["raise", "skip"] = "raise"
+    _orders: dict[int, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Index rows of positions start … stop - 1, across epochs."""
@@ -54,74 +69,134 @@ class Samples:
             return np.arange(start, stop)
         size = len(self.index)
         epochs = range(start // size, -(-stop // size))
-        order = np.concatenate([_permutation(self.seed, epoch, size) for epoch in epochs])
+        order = np.concatenate([self._order(epoch) for epoch in epochs])
         return order[start - epochs.start * size : stop - epochs.start * size]
 
-    def sample(self, position: int, row: int) -> Sample:
-        """Make one sample: read, decode, transform."""
-        sample = read(self.index, row)
+    def plan(self, position: int, rows: Sequence[int], broken: frozenset[int] = frozenset()) -> Picture:
+        """Decide what a sample shows.
+
+        Args:
+            position: of the sample.
+            rows: the images of its chunk, by position.
+            broken: those of them that cannot be read; each gives way to the next.
+        """
+
+        def image(slot: int) -> Picture:
+            row = next(row for row in (*rows[slot:], *rows[:slot]) if row not in broken)
+            objects = self.index.annotations(row)
+            real = ~objects.crowd
+            return Picture.of(row, *self.index.size(row), objects.boxes[real], objects.labels[real])
+
         rng = np.random.default_rng((self.seed, _SAMPLE, position))
-        for transform in self.transforms:
-            sample = transform(sample, rng)
-        return sanitise(sample)
+        picture = image(position % self.chunk_size)
+        open_ = self.close_at is None or position < self.close_at
+        for transform in self.transforms if open_ else self.closed:
+            if partners := getattr(transform, "partners", 0):
+                others = [image(slot) for slot in rng.integers(len(rows), size=partners).tolist()]
+                picture = transform(picture, rng, others)  # type: ignore[call-arg]
+            else:
+                picture = transform(picture, rng)  # type: ignore[call-arg]
+        return picture
 
     def blocks(self, start: int, stop: int, block_size: int) -> Iterator[pa.Table]:
         """Make positions start … stop - 1, which lie in one chunk, as Arrow tables of at most `block_size` rows.
 
-        Columns: position, row (in the index), image (uint8, 3 * height * width: channels first, BGR), boxes (xyxy in
-        pixels of the sample), labels.
+        Columns: position, row (in the index), image (uint8, height * width * 3: BGR), boxes (xyxy in pixels of the
+        sample), labels, errors (what could not be read for it).
+
+        Raises:
+            RaydetError: an image cannot be read, or a transform of the user's own fails.
         """
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
-        rows = self.rows(start, stop)
-        for first in range(start, stop, block_size):
-            positions = np.arange(first, min(first + block_size, stop))
-            images = np.empty((len(positions), 3, *self.image_size), np.uint8)
-            samples = []
-            for slot, position in enumerate(positions):
-                sample = self.sample(int(position), int(rows[position - start]))
-                images[slot] = sample.image.transpose(2, 0, 1)
-                samples.append(sample)
-            yield _table(positions, rows[first - start : first - start + len(positions)], images, samples)
+        low = start // self.chunk_size * self.chunk_size
+        high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
+        rows: list[int] = self.rows(low, high).tolist()
+        # The whole chunk is planned, whatever part of it is asked for: how an image is decoded depends on all its uses.
+        pictures = [self.plan(position, rows) for position in range(low, high)]
+        sources = Sources(self.index, pictures, pictures[start - low : stop - low])
+        renderer = Renderer(self.image_size)
+        try:
+            for first in range(start, stop, block_size):
+                positions = np.arange(first, min(first + block_size, stop))
+                images = np.empty((len(positions), *self.image_size, 3), np.uint8)
+                samples, errors = [], []
+                for position, out in zip(positions.tolist(), images, strict=True):
+                    known = len(sources.failed)
+                    samples.append(self._sample(position, pictures[position - low], rows, sources, renderer, out))
+                    errors.append(list(sources.failed.values())[known:])
+                yield _table(positions, np.array(rows)[positions - low], images, samples, errors)
+        finally:
+            sources.close()
+
+    def sample(self, position: int) -> Sample:
+        """Make one sample, for looking at it."""
+        (block,) = self.blocks(position, position + 1, 1)
+        image = block["image"].combine_chunks().flatten().to_numpy().reshape(*self.image_size, 3)
+        boxes = block["boxes"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
+        return Sample(image, boxes, block["labels"].combine_chunks().flatten().to_numpy())
+
+    def _sample(
+        self, position: int, picture: Picture, rows: Sequence[int], sources: Sources, renderer: Renderer, out: Array
+    ) -> Sample:
+        """Render a picture to `out`, and what is on it."""
+        shown = picture
+        while True:
+            try:
+                renderer(shown, sources, out)
+                break
+            except RaydetError:
+                if self.on_error == "raise" or sources.failed.keys() >= set(rows):
+                    raise
+            if self.shuffle:
+                shown = self.plan(position, rows, frozenset(sources.failed))
+            else:  # an image that cannot be seen: its objects will count as missed
+                shown = replace(picture, layers=((),))
+            sources.expect(shown)
+        for finished in {id(picture): picture, id(shown): shown}.values():
+            sources.done(finished)
+        sample = Sample(out, *sanitise(shown.boxes, shown.labels, self.image_size))
+        if self.own:
+            sample = self._apply_own(position, sample)
+            np.copyto(out, sample.image)
+            sample = Sample(out, *sanitise(sample.boxes, sample.labels, self.image_size))
+        return sample
+
+    def _apply_own(self, position: int, sample: Sample) -> Sample:
+        rng = np.random.default_rng((self.seed, _OWN, position))
+        for transform in self.own:
+            name = type(transform).__name__
+            try:
+                sample = transform(sample, rng)
+                shape, kind = sample.image.shape, sample.image.dtype
+            except Exception as error:
+                raise RaydetError(f"augment.transforms: {name}: {type(error).__name__}: {error}") from error
+            if shape != (*self.image_size, 3) or kind != np.uint8 or len(sample.boxes) != len(sample.labels):
+                raise RaydetError(
+                    f"augment.transforms: {name} returned an image {shape} of {kind} with {len(sample.boxes)} boxes "
+                    f"and {len(sample.labels)} labels; it must be {(*self.image_size, 3)} of uint8, and a label a box"
+                )
+        return sample
+
+    def _order(self, epoch: int) -> Array:
+        """Return the rows of an epoch in its order; the last two orders are kept."""
+        if epoch not in self._orders:
+            rng = np.random.default_rng((self.seed, _PERMUTATION, epoch))
+            shards = self.index.shards
+            if (shards < 0).all():
+                order = rng.permutation(len(self.index))
+            else:
+                # Shards in random order, then each window of neighbours shuffled: images read together lie together.
+                names, number = np.unique(shards, return_inverse=True)
+                order = np.argsort(rng.permutation(len(names))[number], kind="stable")
+                for first in range(0, len(order), self.window):
+                    rng.shuffle(order[first : first + self.window])
+            while len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
 
-def read(index: Index, row: int) -> Sample:
-    """Read and decode an image with its objects, but for crowds.
-
-    Raises:
-        RaydetError: the file is missing, is no image, or has another size than its annotation says; it is named.
-    """
-    path = index.path(row)
-    image = imread(path)
-    height, width = image.shape[:2]
-    if (width, height) != index.size(row):
-        expected = "x".join(map(str, index.size(row)))
-        raise RaydetError(f"{path} has {width}x{height} pixels, its annotation says {expected}: mend one of them")
-    objects = index.annotations(row)
-    return Sample(image, objects.boxes[~objects.crowd].astype(np.float32), objects.labels[~objects.crowd])
-
-
-def imread(path: str) -> npt.NDArray[np.uint8]:
-    """Read an image file as uint8 [H, W, 3] BGR.
-
-    Raises:
-        RaydetError: it is missing or not an image.
-    """
-    try:
-        content = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
-    image: Any = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    if image is None:
-        raise RaydetError(f"{path} is not an image that can be decoded ({len(content)} bytes)")
-    return image  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, _PERMUTATION, epoch)).permutation(size)
-
-
-def _table(positions: Any, rows: Any, images: npt.NDArray[np.uint8], samples: list[Sample]) -> pa.Table:
+def _table(positions: Array, rows: Array, images: Array, samples: list[Sample], errors: list[list[str]]) -> pa.Table:
     counts = [len(sample.labels) for sample in samples]
     offsets = pa.array(np.concatenate(([0], np.cumsum(counts))), pa.int32())
     boxes = np.concatenate([sample.boxes for sample in samples]).reshape(-1)
@@ -133,5 +208,6 @@ def _table(positions: Any, rows: Any, images: npt.NDArray[np.uint8], samples: li
             "image": pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), images[0].size),
             "boxes": pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4)),
             "labels": pa.ListArray.from_arrays(offsets, pa.array(labels)),
+            "errors": pa.array(errors, pa.list_(pa.string())),
         }
     )

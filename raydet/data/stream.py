@@ -173,12 +173,26 @@ def _make_blocks(
     batch: pa.Table, source: Any, first_chunk: int, start: int, stop: int, block_size: int
 ) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: makes the chunks whose numbers are in the batch."""
-    import ray
-
-    samples: Samples = ray.get(source)
+    samples = _fetch(source)
     for number in batch["id"].to_pylist():
         low = (first_chunk + number) * samples.chunk_size
         yield from samples.blocks(max(low, start), min(low + samples.chunk_size, stop), block_size)
+
+
+def _fetch(source: Any) -> Samples:
+    """Return what a reference stands for. A process keeps the last two, training's and validation's: they are views of
+    the node's one copy, but the order of an epoch is not."""
+    import ray
+
+    key = source.hex()
+    if key not in _fetched:
+        while len(_fetched) > 1:
+            del _fetched[next(iter(_fetched))]
+        _fetched[key] = ray.get(source)
+    return _fetched[key]
+
+
+_fetched: dict[str, Samples] = {}
 
 
 def _share_split(segment: _Segment, ranks: Ranks, *, equal: bool) -> Any:

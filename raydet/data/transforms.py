@@ -1,13 +1,20 @@
-"""Transforms: small classes that take a sample and a random generator, and return the sample changed.
+"""Transforms: small classes that take a picture and a random generator, and return the picture changed.
 
-Images are uint8 [H, W, 3] in BGR, boxes float32 [n, 4] xyxy in pixels of that image. A transform draws all its random
-numbers from the generator it is given, so that a sample depends on its seed alone.
+A `Picture` is a plan, not pixels: which parts of which source images lie where, and the boxes on them. A transform of
+geometry only multiplies matrices, so that mosaic, affine, mixup, flips and letterbox together cost one resampling of
+each source image (`raydet.data.render`), and boxes follow the very matrices that the pixels do. Transforms of the
+user's own get a `Sample`, which has pixels.
+
+Coordinates are those of pixel edges: pixel i spans i … i + 1. All random numbers are drawn from the generator that a
+transform is given, so that a sample depends on its seed alone.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -15,58 +22,188 @@ import numpy.typing as npt
 
 from raydet.boxes import Resize, clip, place
 
+Array = npt.NDArray[Any]
+Row = tuple[float, float, float]
+Matrix = tuple[Row, Row]  # an affine map: x' = m[0] · (x, y, 1), y' = m[1] · (x, y, 1)
+
 PAD_VALUE = 114  # grey, the padding that YOLOX was trained with
-MIN_BOX_SIDE = 1.0  # pixels; what is thinner after a transform is no object to learn from
+MIN_BOX_SIDE = 1.0  # pixels; what is thinner after all transforms is no object to learn from
 
 
 @dataclass(frozen=True)
 class Sample:
     """An image with its objects: uint8 [H, W, 3] BGR, boxes float32 [n, 4] xyxy in its pixels, labels int32 [n]."""
 
-    image: npt.NDArray[np.uint8]
+    image: Array
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int32]
 
 
-class Transform(Protocol):
-    """What the stream calls: a sample and a generator in, a sample out."""
+class SampleTransform(Protocol):
+    """What a user's own transform is, as `module:Class` in `augment.transforms`."""
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Return the sample transformed; the one that came in stays as it was."""
+        """Return the sample transformed; the image keeps its size."""
         ...
 
 
+class PixelTransform(Protocol):
+    """A change of colours."""
+
+    def __call__(self, image: Array, out: Array) -> None:
+        """Write an image [H, W, 3 or 4] BGR or BGRA, changed, to `out` [H, W, 3] BGR, which may be the same memory."""
+        ...
+
+
+class Tile(NamedTuple):
+    """A part of a source image in a picture.
+
+    Attributes:
+        source: which image: its row in the index.
+        matrix: source pixels → picture pixels.
+        window: the part that shows, xyxy in source pixels.
+    """
+
+    source: int
+    matrix: Matrix
+    window: tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
-class Fit:
-    """Scale to what `raydet.boxes.place` says for an input of `size` = (height, width)."""
+class Picture:
+    """What a sample will show.
+
+    Attributes:
+        size: (height, width) in pixels.
+        layers: each a canvas of grey with tiles painted on in turn; the picture is their mean.
+        boxes: float64 [n, 4] xyxy in its pixels.
+        labels: int32 [n].
+        colours: changes of the finished pixels, in turn.
+    """
+
+    size: tuple[int, int]
+    layers: tuple[tuple[Tile, ...], ...]
+    boxes: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int32]
+    colours: tuple[PixelTransform, ...] = ()
+
+    @staticmethod
+    def of(source: int, width: int, height: int, boxes: Array, labels: Array) -> Picture:
+        """Return a whole source image as it is."""
+        whole = Tile(source, scaling(1.0, 1.0), (0.0, 0.0, float(width), float(height)))
+        return Picture((height, width), ((whole,),), boxes, labels)
+
+    def moved(self, matrix: Matrix, size: tuple[int, int]) -> Picture:
+        """Return the picture under an affine map, on a canvas of `size`; boxes become hulls, not clipped."""
+        layers = tuple(
+            tuple(Tile(source, _after(matrix, first), window) for source, first, window in layer)
+            for layer in self.layers
+        )
+        return Picture(size, layers, _hulls(self.boxes, matrix), self.labels, self.colours)
+
+    def visible(self, min_visible: float, min_side: float, max_aspect: float) -> Picture:
+        """Return the picture with its boxes clipped, and only those of which enough is left.
+
+        Args:
+            min_visible: share of the area.
+            min_side: pixels; both sides are longer.
+            max_aspect: ratio of the sides; theirs is lower.
+        """
+        boxes = clip(self.boxes, self.size[1], self.size[0])
+        whole, sides = self.boxes[:, 2:] - self.boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+        keep = (sides > min_side).all(1)
+        keep &= sides.prod(1) > min_visible * whole.prod(1)
+        keep &= sides.max(1, initial=0) < max_aspect * sides.min(1, initial=np.inf)
+        return replace(self, boxes=boxes[keep], labels=self.labels[keep])
+
+
+def _after(second: Matrix, first: Matrix) -> Matrix:
+    (a, b, x), (c, d, y) = second
+    (e, f, u), (g, h, v) = first
+    return (
+        (a * e + b * g, a * f + b * h, a * u + b * v + x),
+        (c * e + d * g, c * f + d * h, c * u + d * v + y),
+    )
+
+
+def _hulls(boxes: Array, matrix: Matrix) -> Array:
+    """Boxes [n, 4] under an affine map: their centres move with it, their half sides with its absolute values."""
+    if not len(boxes):
+        return boxes
+    (a, b, x), (c, d, y) = matrix
+    if not b and not c and a > 0 and d > 0:
+        return boxes * (a, d, a, d) + (x, y, x, y)
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 @ ((a, c), (b, d)) + (x, y)
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2 @ ((abs(a), abs(c)), (abs(b), abs(d)))
+    return np.concatenate((centre - half, centre + half), axis=1)
+
+
+class Transform(Protocol):
+    """What plans a picture: one in, one out."""
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        """Return the picture transformed; the one that came in stays as it was."""
+        ...
+
+
+def scaling(across: float, down: float, left: float = 0.0, top: float = 0.0) -> Matrix:
+    """Return the map that scales, then shifts."""
+    return (across, 0.0, left), (0.0, down, top)
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Fit a picture into `size` = (height, width), rounded and placed as `raydet.boxes.place` says."""
 
     size: tuple[int, int]
     resize: Resize = "pad_bottom_right"
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = sample.image.shape[:2]
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        height, width = picture.size
         to = place(width, height, self.size, self.resize)
-        image: Any = cv2.resize(sample.image, (to.width, to.height), interpolation=cv2.INTER_LINEAR)
-        return replace(sample, image=image, boxes=sample.boxes * np.asarray(to.scale * 2, np.float32))
+        return picture.moved(scaling(to.width / width, to.height / height, to.left, to.top), self.size)
 
 
 @dataclass(frozen=True)
-class Pad:
-    """Pad a fitted image to `size` = (height, width), at the bottom and the right or all around."""
+class RandomAffine:
+    """Rotate, scale, shear and shift about the centre, onto a canvas of `size` = (height, width).
+
+    The order is SuperGradients': centre, then rotation and scale, shear, translation. See `Picture.visible` for the
+    objects that are kept.
+
+    Args:
+        size: (height, width) of the result in pixels; the middle of what came in goes to its middle.
+        degrees: largest rotation either way.
+        translate: largest shift either way, as a share of the result's sides.
+        scale: lowest and highest factor.
+        shear: largest shear either way, in degrees.
+        min_visible: share of an object's area.
+        min_side: of an object, in pixels.
+        max_aspect: of an object.
+    """
 
     size: tuple[int, int]
-    resize: Resize = "pad_bottom_right"
-    value: int = PAD_VALUE
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: float = 0.0
+    min_visible: float = 0.1
+    min_side: float = 2.0
+    max_aspect: float = 20.0
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = sample.image.shape[:2]
-        top, left = 0, 0
-        if self.resize == "pad_centre":
-            top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
-        canvas = np.full((*self.size, 3), self.value, np.uint8)
-        canvas[top : top + height, left : left + width] = sample.image
-        boxes = sample.boxes + np.asarray((left, top) * 2, np.float32)
-        return replace(sample, image=canvas, boxes=boxes)
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        angle, shear_x, shear_y, shift_x, shift_y = rng.uniform(-1, 1, 5).tolist()
+        factor = rng.uniform(*self.scale)
+        turn = math.radians(angle * self.degrees)
+        a, b = factor * math.cos(turn), factor * math.sin(turn)
+        tan_x, tan_y = (math.tan(math.radians(part * self.shear)) for part in (shear_x, shear_y))
+        (height, width), (from_height, from_width) = self.size, picture.size
+        centre = scaling(1.0, 1.0, -from_width / 2, -from_height / 2)
+        rotation = (a, b, 0.0), (-b, a, 0.0)
+        x, y = (0.5 + shift_x * self.translate) * width, (0.5 + shift_y * self.translate) * height
+        shear = (1.0, tan_x, x), (tan_y, 1.0, y)
+        moved = picture.moved(_after(shear, _after(rotation, centre)), self.size)
+        return moved.visible(self.min_visible, self.min_side, self.max_aspect)
 
 
 @dataclass(frozen=True)
@@ -75,14 +212,38 @@ class HorizontalFlip:
 
     prob: float
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
         if rng.random() >= self.prob:
-            return sample
-        width = sample.image.shape[1]
-        boxes = sample.boxes.copy()
-        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        image: Any = cv2.flip(sample.image, 1)
-        return replace(sample, image=image, boxes=boxes)
+            return picture
+        return picture.moved(scaling(-1, 1, left=picture.size[1]), picture.size)
+
+
+@dataclass(frozen=True)
+class VerticalFlip:
+    """Mirror top and bottom with probability `prob`."""
+
+    prob: float
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        if rng.random() >= self.prob:
+            return picture
+        return picture.moved(scaling(1, -1, top=picture.size[0]), picture.size)
+
+
+@dataclass(frozen=True)
+class Rotate90:
+    """With probability `prob` turn by 90, 180 or 270 degrees, each as likely."""
+
+    prob: float
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        drawn, quarters = rng.random() < self.prob, rng.integers(1, 4)
+        if not drawn:
+            return picture
+        for _ in range(quarters):  # anticlockwise
+            height, width = picture.size
+            picture = picture.moved(((0.0, 1.0, 0.0), (-1.0, 0.0, width)), (width, height))
+        return picture
 
 
 @dataclass(frozen=True)
@@ -98,24 +259,76 @@ class HSV:
     saturation: int
     value: int
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
         drawn = rng.random() < self.prob
         limits = np.array([self.hue, self.saturation, self.value])
         shifts = (rng.uniform(-1, 1, 3) * limits).astype(int) * rng.integers(0, 2, 3)
         if not drawn or not shifts.any():
-            return sample
-        levels = np.arange(256)
-        table = np.stack(
-            [(levels + shifts[0]) % 180, (levels + shifts[1]).clip(0, 255), (levels + shifts[2]).clip(0, 255)], axis=-1
-        ).astype(np.uint8)
-        hsv = cv2.cvtColor(sample.image, cv2.COLOR_BGR2HSV)
-        image: Any = cv2.cvtColor(cv2.LUT(hsv, table[None]), cv2.COLOR_HSV2BGR)
+            return picture
+        return replace(picture, colours=(*picture.colours, ShiftHSV(*shifts.tolist())))
+
+
+@dataclass(frozen=True)
+class ShiftHSV:
+    """Add to hue, saturation and value, on the scales of `HSV`."""
+
+    hue: int
+    saturation: int
+    value: int
+
+    def __call__(self, image: Any, out: Any) -> None:
+        # OpenCV's addition saturates, which hue must not: it wraps in the way back from 8 bits, so that it only must
+        # stay within 0 … 255. With blue and red swapped hue runs backwards, and a fall becomes a rise.
+        swap = self.hue < 0
+        hsv: Any = cv2.cvtColor(image, cv2.COLOR_RGB2HSV if swap else cv2.COLOR_BGR2HSV)
+        rows = hsv.reshape(len(hsv), -1)
+        row = np.tile(np.array((abs(self.hue), self.saturation, self.value)), hsv.shape[1])
+        for change, apply in ((row.clip(min=0), cv2.add), ((-row).clip(min=0), cv2.subtract)):
+            if change.any():  # an image of changes is added three times faster than a number a channel
+                apply(rows, np.repeat(change.astype(np.uint8)[None], len(rows), axis=0), dst=rows)
+        cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if swap else cv2.COLOR_HSV2BGR, dst=out)
+
+
+@dataclass(frozen=True)
+class ChannelSwap:
+    """Exchange blue and red with probability `prob`."""
+
+    prob: float
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        if rng.random() >= self.prob:
+            return picture
+        return replace(picture, colours=(*picture.colours, _swap_channels))
+
+
+def _swap_channels(image: Any, out: Any) -> None:
+    cv2.cvtColor(image, cv2.COLOR_BGRA2RGB if image.shape[2] == 4 else cv2.COLOR_BGR2RGB, dst=out)
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """Divide pixels by `max_value`: float32 images."""
+
+    max_value: float = 255.0
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return replace(sample, image=sample.image.astype(np.float32) / np.float32(self.max_value))
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(pixel - mean) / std, each of three in the order of the channels: float32 images."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        image = (sample.image - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return replace(sample, image=image)
 
 
-def sanitise(sample: Sample) -> Sample:
-    """Clip boxes to the image and drop those with a side below `MIN_BOX_SIDE` or labels without a box to learn."""
-    height, width = sample.image.shape[:2]
-    boxes = clip(sample.boxes, width, height)
+def sanitise(boxes: Array, labels: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Clip boxes to an image of `size` = (height, width); drop those with a side below `MIN_BOX_SIDE`."""
+    boxes = clip(boxes, size[1], size[0]).astype(np.float32)
     keep = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(1)
-    return replace(sample, boxes=boxes[keep], labels=sample.labels[keep])
+    return boxes[keep], labels[keep].astype(np.int32)

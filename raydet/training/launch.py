@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from raydet.cluster import connect
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
+from raydet.data.formats import load_index
 from raydet.data.index import Index
+from raydet.data.problems import Problems
 from raydet.data.samples import Samples
 from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import RaydetError, user_error
@@ -29,7 +32,7 @@ from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
 from raydet.training import checkpoint
 from raydet.training.loop import evaluation_loop, train_loop
-from raydet.training.prepare import load_evaluated, load_index, make_job, open_run, train_samples, val_samples
+from raydet.training.prepare import load_evaluated, make_job, open_run, train_samples, val_samples
 from raydet.training.run import Job, RunLog, SayWarnings
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
@@ -90,8 +93,9 @@ def train(
         raise RaydetError(f"name: {settings.name} ends with {_DEBUG}, as runs of the debugger do, which start over")
     if debug:
         settings = settings.model_copy(update={"name": settings.name + _DEBUG})
-    train_index = train_data if train_data is not None else load_index(settings.data, "train")
-    val_index = val_data if val_data is not None else load_index(settings.data, "val")
+    problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
+    train_index = train_data if train_data is not None else load_index(settings.data, "train", problems["train"])
+    val_index = val_data if val_data is not None else load_index(settings.data, "val", problems["val"])
     if debug:
         train_index, val_index = train_index.head(DEBUG_IMAGES), val_index.head(DEBUG_IMAGES)
     job = make_job(settings, train_index, val_index, model, loss)
@@ -103,6 +107,7 @@ def train(
         metrics = checkpoint.read_json(folder / _SUMMARY)["metrics"]
         return Result(folder, checkpoint.find(folder), metrics, finished_before=True)
 
+    RunLog(folder, echo=say).left_out(problems)
     resize = job.config.preprocessing.resize
     streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
     if debug:
@@ -356,7 +361,7 @@ def _on_ray(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     scale = job.recipe.scale
-    started = _connect(scale, verbose)
+    started = connect(scale, verbose)
     gpu, cpus = _resources(scale)
     say(f"starting {scale.num_workers} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
     with contextlib.ExitStack() as stack:
@@ -397,24 +402,6 @@ def _on_ray(
             raise user_error(error) or error from None
     metrics: dict[str, float] = result.return_value
     return metrics
-
-
-def _connect(scale: Scale, verbose: bool) -> bool:
-    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; return whether Ray was started."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-        return True
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes one's own machine away
-    # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
-    cpus = os.cpu_count() or 1
-    workers = scale.num_workers * (scale.cpus_per_worker or 1)
-    ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
-    return True
 
 
 def _resources(scale: Scale) -> tuple[bool, int]:

@@ -9,15 +9,17 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
+from raydet.data.problems import Problems
 from raydet.losses.base import DetectionLoss, sum_over_ranks
 from raydet.metrics import MAIN_METRIC
 from raydet.training import checkpoint
 from raydet.training.evaluate import evaluate
 from raydet.training.optimization import EMA, Schedule, make_optimizer
-from raydet.training.run import Job, RunLog, World
+from raydet.training.run import Job, RunLog, World, noting_errors
 
 
 def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
@@ -50,18 +52,20 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     val_batches = world.val_batches()
     meter = Meter(criterion, job, step)
     model.train()
-    for batch in meter.waiting(world.train_batches(step * settings.batch_size, total * settings.batch_size)):
+    stream = world.train_batches(step * settings.batch_size, total * settings.batch_size)
+    for batch in meter.waiting(noting_errors(stream, Problems(recipe.data.on_error, recipe.data.max_errors))):
         # Whatever a model draws at random is a function of (seed, step, rank), so that a restart repeats it.
         torch.manual_seed(hash((recipe.seed, step, world.rank)))
         lr = schedule(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = job.config.preprocessing(batch.images.to(device, non_blocking=True))
+        images, targets = resized(images, batch.targets.to(device, non_blocking=True), job.multiscale(step))
         if isinstance(criterion, DetectionLoss):
             criterion.at_epoch(job.epoch_of(step))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = network(images)
-        loss, components = criterion(outputs, batch.targets.to(device, non_blocking=True))
+        loss, components = criterion(outputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -105,6 +109,17 @@ def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     return metrics
 
 
+def resized(images: Tensor, targets: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scale images [B, 3, H, W], float, and targets [N, 6] in their pixels to `size` = (height, width)."""
+    height, width = images.shape[-2:]
+    if size == (height, width):
+        return images, targets
+    targets = targets.clone()
+    targets[:, 2::2] *= size[1] / width
+    targets[:, 3::2] *= size[0] / height
+    return functional.interpolate(images, size, mode="bilinear", align_corners=False), targets
+
+
 def evaluation_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     """Evaluate the job's model on its validation images; return the metrics on rank 0."""
     model: nn.Module = job.model.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -113,6 +128,7 @@ def evaluation_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
 
 def _validate(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> dict[str, float]:
     say = log.say if world.rank == 0 else lambda text: None
+    batches = noting_errors(batches, Problems(job.recipe.data.on_error, job.recipe.data.max_errors))
     return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say)
 
 
@@ -211,6 +227,8 @@ def _opening(job: Job, world: World, schedule: Schedule, step: int) -> Iterator[
             yield f"the {what} of {wanted:g} epochs is too long for this run: shortened to {steps / per_epoch:.2f}"
     if settings.batch_size > job.train_images:
         yield f"a step takes {settings.batch_size} images, but there are {job.train_images}: lower train.batch_size"
+    if settings.epochs <= job.recipe.augment.close_epochs:
+        yield "augment.close_epochs covers the whole run: it is without mosaic, affine and mixup"
     if job.config.licence:
         yield f"weights: {job.recipe.model.weights}; licence: {job.config.licence}"
     if step:

@@ -9,26 +9,27 @@ from typing import Any
 import cv2
 
 from raydet.data.index import Index
-from raydet.data.samples import imread
+from raydet.data.render import decode
+from raydet.errors import RaydetError
 from raydet.predict import load
-from raydet.recipe import load as load_recipe
-from raydet.training.prepare import load_index
 from raydet.visualization import draw_boxes, grid
 
 SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
 
 
-def draw_validation(folder: Path, index: Index | None = None) -> Path:
+def draw_validation(folder: Path, index: Index) -> Path:
     """Draw the best checkpoint's detections on validation images beside the ground truth, and return the picture.
 
     The images are spread over the index; detections below a score of 0.3 are left out.
     """
-    index = index if index is not None else load_index(load_recipe(folder / "recipe.yaml").data, "val")
     predictor = load(folder)
     pictures = []
     count = min(SHOWN, len(index))
     for row in (number * len(index) // count for number in range(count)):
-        image = imread(index.path(row))
+        try:
+            image = decode(index.read(row), index.path(row), index.size(row))
+        except RaydetError:  # left out, as the log says
+            continue
         scale = min(CELL / side for side in image.shape[:2])
         shown: Any = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         truth = index.annotations(row)

@@ -14,49 +14,78 @@ from torch import nn
 
 from raydet import losses, models
 from raydet.boxes import Resize
-from raydet.data.coco import load_coco
 from raydet.data.index import Index
+from raydet.data.mosaic import Composition, Mixup, Mosaic
 from raydet.data.samples import Samples
-from raydet.data.transforms import HSV, Fit, HorizontalFlip, Pad, Transform
+from raydet.data.transforms import (
+    HSV,
+    ChannelSwap,
+    HorizontalFlip,
+    Letterbox,
+    RandomAffine,
+    Rotate90,
+    SampleTransform,
+    Transform,
+    VerticalFlip,
+)
 from raydet.errors import RaydetError
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
-from raydet.recipe import Data, Recipe, describe, differences
+from raydet.recipe import OwnTransform, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
 from raydet.training.checkpoint import Config, build, find, read_json
 from raydet.training.run import Job
 
 
-def load_index(data: Data, split: str) -> Index:
-    """Read the images and objects of a split, "train" or "val".
+def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
+    """Return the training stream's samples.
 
     Raises:
-        RaydetError: see the format's loader.
+        RaydetError: a transform of the user's own cannot be made.
     """
-    root = Path(data.root).expanduser()
-    if not root.is_dir():
-        raise RaydetError(f"data.root: {root} is not a folder; pass data.root=FOLDER")
-    return load_coco(root / getattr(data, f"{split}_annotations"), root / getattr(data, f"{split}_images"))
-
-
-def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
-    """Return the training stream's samples."""
-    size, augment = recipe.data.image_size, recipe.augment
-    transforms: tuple[Transform, ...] = (
-        Fit(size, resize),
-        HorizontalFlip(augment.horizontal_flip),
+    size, data, augment = recipe.data.image_size, recipe.data, recipe.augment
+    if augment.rotate90 and size[0] != size[1]:
+        raise RaydetError(f"augment.rotate90 needs a square data.image_size, not {size[0]}x{size[1]}")
+    alone = Letterbox(size, resize)
+    always: tuple[Transform, ...] = (
         HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
-        Pad(size, resize),
+        ChannelSwap(augment.channel_swap),
+        HorizontalFlip(augment.horizontal_flip),
+        VerticalFlip(augment.vertical_flip),
+        Rotate90(augment.rotate90),
     )
-    return Samples(index, transforms, size, recipe.data.chunk_size, recipe.seed)
+    affine = RandomAffine(size, augment.degrees, augment.translate, augment.scale, augment.shear)
+    together: list[Transform | Composition] = [Mosaic(augment.mosaic, alone)]
+    if affine != RandomAffine(size) or augment.mosaic:
+        together.append(affine)
+    together.append(Mixup(augment.mixup, size, augment.mixup_scale))
+    return Samples(
+        index,
+        (*together, *always),
+        size,
+        data.chunk_size,
+        recipe.seed,
+        close_at=(recipe.train.epochs - augment.close_epochs) * len(index) if augment.close_epochs else None,
+        closed=(alone, *always),
+        own=tuple(_own_transform(entry) for entry in augment.transforms),
+        window=data.shuffle_window,
+        on_error=data.on_error,
+    )
 
 
 def val_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     """Return the validation stream's samples."""
-    size = recipe.data.image_size
-    transforms = Fit(size, resize), Pad(size, resize)
-    return Samples(index, transforms, size, recipe.data.chunk_size, recipe.seed, shuffle=False)
+    size, data = recipe.data.image_size, recipe.data
+    return Samples(index, (Letterbox(size, resize),), size, data.chunk_size, shuffle=False, on_error=data.on_error)
+
+
+def _own_transform(entry: OwnTransform) -> SampleTransform:
+    key = f"augment.transforms: {entry.name}"
+    transform: SampleTransform = call(locate(entry.name, key), key, **(entry.model_extra or {}))
+    if not callable(transform):
+        raise RaydetError(f"{key}: its instances must be callable, with a sample and a generator")
+    return transform
 
 
 def make_job(
@@ -205,10 +234,13 @@ def _family(model: nn.Module, recipe: Recipe) -> Family | None:
     """Return the model's family; None for a head of the user's own."""
     if not isinstance(model, Detector):
         return models.family_of(recipe.model.name)
-    try:
-        model.check_size(*recipe.data.image_size)
-    except ValueError as error:
-        raise RaydetError(f"data.image_size: {error}") from None
+    sizes = [("data.image_size", recipe.data.image_size)]
+    sizes += [("augment.multiscale", (side, side)) for side in recipe.augment.multiscale or ()]
+    for key, size in sizes:
+        try:
+            model.check_size(*size)
+        except ValueError as error:
+            raise RaydetError(f"{key}: {error}") from None
     return next((family for family in models.FAMILIES if isinstance(model.head, family.head)), None)
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from raydet.data.batch import Batch
 from raydet.data.index import Index
+from raydet.data.problems import Problems
 from raydet.recipe import Recipe
 from raydet.training.checkpoint import Config
+
+logger = logging.getLogger(__name__)
+
+# Random numbers of the sizes never share a seed with those of the samples.
+_SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,18 @@ class Job:
         done = step * self.recipe.train.batch_size // self.train_images
         return min(done, self.recipe.train.epochs)
 
+    def multiscale(self, step: int) -> tuple[int, int]:
+        """Return (height, width) of the images that a step trains on: the same on every rank, and after a restart."""
+        size, augment = self.recipe.data.image_size, self.recipe.augment
+        if augment.multiscale is None:
+            return size
+        low, high = augment.multiscale
+        if step == 0:  # the largest first: what does not fit into the memory should not be found out after hours
+            low = high
+        drawn = np.random.default_rng((self.recipe.seed, _SIZES, step // augment.multiscale_every))
+        longer = 32 * int(drawn.integers(low // 32, high // 32 + 1))
+        return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
+
     def validates_after(self, step: int) -> bool:
         """Is a validation due when `step` steps are done? A step may span several epochs of a small data set."""
         every = self.recipe.eval.every
@@ -82,6 +101,20 @@ class World(Protocol):
         ...
 
 
+def noting_errors(batches: Iterator[Batch], problems: Problems) -> Iterator[Batch]:
+    """Pass batches on, and warn once of each image that was left out of them.
+
+    Raises:
+        RaydetError: there are too many.
+    """
+    for batch in batches:
+        for error in batch.errors:
+            if error not in problems.messages:
+                logger.warning("left out: %s", error)
+                problems.add(error)
+        yield batch
+
+
 class RunLog:
     """metrics.jsonl, one flat object of numbers a line, and log.txt, what a person reads; rank 0 writes them."""
 
@@ -104,6 +137,14 @@ class RunLog:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(finite) + "\n")
+
+    def left_out(self, problems: Mapping[str, Problems]) -> None:
+        """List the records of each split that cannot be used."""
+        for split, found in problems.items():
+            with (self._folder / "log.txt").open("a") as file:
+                file.writelines(f"left out of the {split} data: {message}\n" for message in found.messages)
+            if found.messages:
+                self.say(f"{len(found.messages)} records of the {split} data cannot be used; log.txt names them")
 
     def say(self, text: str) -> None:
         """Append a line of text."""

@@ -1,9 +1,13 @@
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 
 from raydet.data.coco import load_coco
+from raydet.data.problems import Problems
+from raydet.data.store import Store
 from raydet.errors import RaydetError
 
 
@@ -27,10 +31,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder, value):
+def read(folder, value, problems=None):
     path = folder / "annotations.json"
     path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return load_coco(path, folder)
+    return load_coco(path, folder, problems)
 
 
 def test_index(folder):
@@ -65,37 +69,101 @@ def test_no_annotations_at_all(folder):
     [
         ("{", "is not JSON"),
         ("[]", "is not a COCO annotation file: it has no list 'images'"),
-        ({"images": []}, "it has no list 'images', or an empty one"),
+        ({"images": []}, "is not a COCO annotation file: it has no list 'categories'"),
+        (content(images=[]), "the list 'images' is empty"),
         (content(categories=None), "it has no list 'categories'"),
         (content(annotations=None), "it has no list 'annotations'"),
-        (content(categories=[{"id": 1}]), "a record of 'categories' has no 'name'"),
+        (content(categories=[1]), "a category has no 'id' or no 'name': 1"),
+        (content(categories=[{"id": 1}]), "a category has no 'id' or no 'name'"),
         (content(categories=[{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]), "category id 3 occurs more than once"),
         (content(categories=[{"id": "3", "name": "a"}]), "category id '3' is not a whole number of 0 or more"),
         (content(categories=[{"id": 3, "name": "a"}, {"id": 4, "name": "a"}]), "category name a occurs more than once"),
-        (content(annotations=[1]), "an annotation is no object: 1"),
-        (content(annotation={"category_id": [3]}), r"category_id \[3\] is not in the file's categories"),
-        (content(annotation={"bbox": [5]}), "annotation 1 of image 7: bbox or area is missing or not of numbers"),
-        (content(image={"id": 2}), "image id 2 occurs more than once"),
-        (content(image={"id": "x"}), "image id 'x' of a.jpg is not a whole number"),
-        (content(image={"width": 0}), "image a.jpg .* has no valid width and height"),
-        (content(image={"file_name": "../a.jpg"}), "leaves the folder of images"),
-        (content(image={"file_name": "/etc/passwd"}), "leaves the folder of images"),
-        (content(image={"file_name": "c.jpg"}), "1 of the 2 images that annotations.json lists are not there.*c.jpg"),
-        (content(annotation={"category_id": 4}), "annotation 1 of image 7: category_id 4 is not in"),
-        (content(annotation={"image_id": 3}), "annotation 1 of image 3: image_id 3 is not in the file's images"),
-        (content(annotation={"bbox": [1, 2, 3]}), "annotation 1 of image 7: bbox or area is missing or not of numbers"),
-        (content(annotation={"bbox": None}), "annotation 1 of image 7: bbox or area is missing"),
-        (content(annotation={"bbox": [1, 2, -3, 4]}), "annotation 1 of image 7: bbox .* negative or infinite side"),
-        (
-            content(annotation={"bbox": [1, 2, float("nan"), 4]}),
-            "annotation 1 of image 7: bbox .* negative or infinite",
-        ),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(folder, value, message):
+def test_a_file_that_is_not_coco_is_an_error_whatever_may_be_skipped(folder, value, message):
+    with pytest.raises(RaydetError, match=message) as error:
+        read(folder, value, Problems("skip"))
+    assert "annotations.json" in str(error.value)
+
+
+SECOND = {"id": 2, "image_id": 2, "category_id": 9, "bbox": [1, 1, 5, 5]}
+
+
+def with_second(**changes):
+    value = content(**changes)
+    return {**value, "annotations": [*value["annotations"], SECOND]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (with_second(images=[1, *content()["images"]]), r"image \? \(id \?\): it is no object: 1"),
+        (with_second(image={"id": "x"}, annotation={"image_id": "x"}), r"image a.jpg \(id x\): id 'x' is not a whole"),
+        (with_second(image={"id": 2**63}, annotation={"image_id": 2**63}), "is not a whole number"),
+        (with_second(images=[*content()["images"], content()["images"][1]]), r"\(id 2\): its id occurs more than once"),
+        (with_second(image={"width": 0}), r"image a.jpg \(id 7\): it has no valid width and height"),
+        (with_second(image={"height": "tall"}), "it has no valid width and height"),
+        (with_second(image={"height": 1e400}), "it has no valid width and height"),
+        (with_second(image={"file_name": "../a.jpg"}), "leaves the folder"),
+        (with_second(image={"file_name": "/etc/passwd"}), "leaves the folder"),
+        (with_second(image={"file_name": ""}), "the file name is empty"),
+        (with_second(image={"file_name": "c.jpg"}), r"image c.jpg \(id 7\): it is not in .* \(1 of 2 are not\)"),
+        (with_second(image={"file_name": "none/c.jpg"}), r"image none/c.jpg \(id 7\): it is not in"),
+        (with_second(annotations=[1]), r"annotation \? of image \?: it is no object: 1"),
+        (with_second(annotation={"id": 2}), "annotation 2 of image 2: its id occurs more than once"),
+        (with_second(annotation={"id": [1]}), "unhashable"),
+        (
+            with_second(annotation={"category_id": 4}),
+            "annotation 1 of image 7: category_id 4 is not in the file's categ",
+        ),
+        (with_second(annotation={"category_id": [3]}), r"category_id \[3\] is not in the file's categories"),
+        (with_second(annotation={"image_id": 3}), "annotation 1 of image 3: image_id 3 is not in the file's images"),
+        (with_second(annotation={"image_id": []}), r"image_id \[\] is not in the file's images"),
+        (with_second(annotation={"bbox": None}), "annotation 1 of image 7: it has no bbox"),
+        (with_second(annotation={"bbox": [1, 2, 3]}), "annotation 1 of image 7: bbox .* is not of numbers"),
+        (with_second(annotation={"bbox": 5}), "bbox 5 or area 500 is not of numbers"),
+        (with_second(annotation={"bbox": ["1", "2", "3", "4"]}), "is not of numbers"),
+        (with_second(annotation={"area": "big"}), "bbox .* or area big is not of numbers"),
+        (with_second(annotation={"bbox": [1, 2, -3, 4]}), "annotation 1 of image 7: bbox .* or has a negative side"),
+        (with_second(annotation={"bbox": [1, 2, math.nan, 4]}), "annotation 1 of image 7: bbox .* is not finite"),
+        (with_second(annotation={"bbox": [1, 2, 3, math.inf]}), "annotation 1 of image 7: bbox .* is not finite"),
+        (with_second(annotation={"bbox": [10**400, 2, 3, 4]}), "is not of numbers"),
+    ],
+)
+def test_a_broken_record_is_named_or_left_out(folder, value, message):
     with pytest.raises(RaydetError, match=message) as error:
         read(folder, value)
     assert "annotations.json" in str(error.value)
+
+    problems = Problems("skip")
+    index = read(folder, value, problems)
+    assert len(problems.messages) == 1  # an image's annotations are left out with it, without a word
+    assert re.search(message, problems.messages[0])
+    assert index.num_boxes == (2 if len(value["images"]) == 3 else 1)  # a third image has no annotation
+    with pytest.raises(RaydetError, match=r"more than data\.max_errors = 0"):
+        read(folder, value, Problems("skip", max_errors=0))
+
+
+@pytest.mark.parametrize("bbox", [[10, 5, 0, 30], [5, 5, 0, 0], [90, 40, 50, 50], [-20, -20, 10, 10], [300, 0, 5, 5]])
+def test_boxes_without_area_or_outside_stay_as_annotated(folder, bbox):
+    x, y, width, height = bbox
+    index = read(folder, content(annotation={"bbox": bbox}))
+    assert index.annotations(1).boxes.tolist() == [[x, y, x + width, y + height]]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[], [[1, 2.5, -3e-1, 4, 5, 6]], [[1, 2], [3, 4]], {"counts": [1, 2], "size": [3, 4]}, {"counts": "x", "size": []}],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_polygons_are_passed_over(folder, segmentation, first):
+    value = content()
+    polygon, rest = {"segmentation": segmentation}, value["annotations"][0]
+    value["annotations"] = [polygon | rest if first else rest | polygon, SECOND]
+    value["categories"][0]["name"] = 'a "segmentation": [[1]]'  # text that looks like one is text
+    index = read(folder, value)
+    assert index.num_boxes == 2
+    assert index.class_names[1] == 'a "segmentation": [[1]]'
 
 
 def test_missing_files(tmp_path):
@@ -103,6 +171,11 @@ def test_missing_files(tmp_path):
         load_coco(tmp_path / "none.json", tmp_path)
     with pytest.raises(RaydetError, match="no such folder of images"):
         load_coco(tmp_path / "none.json", tmp_path / "none")
+
+
+def test_paths_may_start_from_a_store(folder):
+    index = read(folder, content())
+    assert load_coco("annotations.json", "", store=Store(folder)).table.equals(index.table)
 
 
 def test_coco_mini(shared):

@@ -1,12 +1,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
 from raydet.recipe import Recipe, load
-from raydet.training.prepare import make_job, open_run
+from raydet.training.loop import resized
+from raydet.training.prepare import make_job, open_run, train_samples, val_samples
 
 
 @pytest.fixture
@@ -78,3 +80,65 @@ def test_validations_are_due_every_so_many_epochs_even_where_a_step_is_longer(
     assert len(due) == len(expected)
     for step, epoch in zip(due, expected, strict=True):
         assert epoch <= mine.epoch_of(step) <= epoch + batch_size / images
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_sizes_of_multiscale_are_a_function_of_seed_and_step_and_begin_with_the_largest(job, every):
+    mine = job("augment.multiscale=[64, 160]", f"augment.multiscale_every={every}")
+    sizes = [mine.multiscale(step) for step in range(200)]
+    assert sizes == [mine.multiscale(step) for step in range(200)]
+    assert sizes[0] == (160, 160)
+    assert set(sizes) == {(side, side) for side in (64, 96, 128, 160)}
+    assert all(len(set(sizes[first : first + every])) == 1 for first in range(every, 200, every))
+    assert job().multiscale(7) == (96, 96)
+
+
+def test_multiscale_keeps_the_aspect_of_the_input(job):
+    sizes = {job("augment.multiscale=[64, 256]", "data.image_size=[64, 128]").multiscale(step) for step in range(99)}
+    assert all(height == max(32, round(width / 64) * 32) for height, width in sizes)
+    assert len(sizes) > 4
+
+
+def test_resized_images_carry_their_boxes():
+    images = torch.zeros(2, 3, 64, 64)
+    images[1, :, 16:32, 8:40] = 1.0
+    targets = torch.tensor([[1, 3, 24.0, 24.0, 32.0, 16.0]])
+    larger, moved = resized(images, targets, (128, 96))
+    ys, xs = torch.nonzero(larger[1, 0] > 0.5, as_tuple=True)
+    assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == [12, 32, 60, 64]
+    assert moved.tolist() == [[1, 3, 36, 48, 48, 32]]
+    assert targets.tolist() == [[1, 3, 24, 24, 32, 16]]
+    assert resized(images, targets, (64, 64)) == (images, targets)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["augment.rotate90=0.5", "data.image_size=[64, 96]"], r"augment.rotate90 needs a square data.image_size"),
+        (["augment.transforms=[{name: nomodule:Flip}]"], r"augment.transforms: nomodule:Flip: cannot import nomodule"),
+        (["augment.transforms=[{name: numpy:nothing}]"], r"numpy/__init__.py has no nothing"),
+        (["augment.transforms=[{name: datetime:timedelta, days: 3}]"], "its instances must be callable"),
+        (["augment.transforms=[{name: datetime:timedelta, weekdays: 3}]"], "takes no weekdays|weekdays"),
+    ],
+)
+def test_augmentation_that_cannot_work_is_refused(job, shapes_index, overrides, message):
+    with pytest.raises(RaydetError, match=message):
+        train_samples(job(*overrides).recipe, shapes_index, "pad_bottom_right")
+
+
+def test_the_last_epochs_are_without_mosaic_affine_and_mixup(job, shapes_index):
+    recipe = job("augment.mosaic=1", "augment.scale=[0.5, 2]", "augment.close_epochs=3", "train.epochs=10").recipe
+    samples = train_samples(recipe, shapes_index, "pad_bottom_right")
+    assert samples.close_at == 7 * len(shapes_index)
+    rows = samples.rows(0, 64).tolist()
+    tiles = [len(samples.plan(position, rows).layers[0]) for position in (0, samples.close_at - 1, samples.close_at)]
+    assert tiles == [4, 4, 1]
+
+
+def test_a_recipe_without_augmentation_shows_the_images_as_validation_does(job, shapes_index):
+    plain = ["augment.horizontal_flip=0", "augment.hsv=0"]
+    recipe = job(*plain).recipe
+    train = train_samples(recipe, shapes_index, "pad_centre")
+    val = val_samples(recipe, shapes_index, "pad_centre")
+    for position, row in enumerate(train.rows(0, 8).tolist()):
+        assert (train.sample(position).image == val.sample(row).image).all()

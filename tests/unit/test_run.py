@@ -2,7 +2,13 @@ import json
 import logging
 import math
 
-from raydet.training.run import RunLog, SayWarnings
+import pytest
+import torch
+
+from raydet.data.batch import Batch
+from raydet.data.problems import Problems
+from raydet.errors import RaydetError
+from raydet.training.run import RunLog, SayWarnings, noting_errors
 
 
 def lines(folder):
@@ -46,3 +52,24 @@ def test_a_worker_s_warnings_are_among_its_lines(tmp_path):
     finally:
         logging.getLogger("raydet").removeHandler(handler)
     assert (tmp_path / "log.txt").read_text() == "warning: no batch for 60 s\n"
+
+
+def test_an_image_left_out_is_named_once_and_too_many_stop(caplog):
+    def batch(*errors):
+        nothing = torch.empty(0)
+        return Batch(nothing, nothing, nothing, nothing, errors)
+
+    batches = [batch(), batch("a.jpg: broken"), batch("a.jpg: broken", "b.jpg: broken")]
+    assert list(noting_errors(iter(batches), Problems("skip", 2))) == batches
+    assert caplog.messages == ["left out: a.jpg: broken", "left out: b.jpg: broken"]
+    with pytest.raises(RaydetError, match=r"more than data.max_errors = 1 .* b.jpg: broken"):
+        list(noting_errors(iter(batches), Problems("skip", 1)))
+
+
+def test_records_left_out_are_listed(tmp_path):
+    problems = {"train": Problems("skip"), "val": Problems("skip")}
+    problems["train"].add("labels/7.txt: line 3 is broken")
+    heard = []
+    RunLog(tmp_path, echo=heard.append).left_out(problems)
+    assert heard == ["1 records of the train data cannot be used; log.txt names them"]
+    assert "left out of the train data: labels/7.txt: line 3 is broken" in (tmp_path / "log.txt").read_text()

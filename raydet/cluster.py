@@ -1,0 +1,30 @@
+"""Connects to Ray."""
+
+from __future__ import annotations
+
+import os
+
+from raydet.recipe import Scale
+
+
+def connect(scale: Scale, verbose: bool) -> bool:
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; return whether it was not before.
+
+    Args:
+        scale: what will run there.
+        verbose: let Ray print what its workers print.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+        return True
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes one's own machine away
+    # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
+    cpus = os.cpu_count() or 1
+    workers = scale.num_workers * (scale.cpus_per_worker or 1)
+    ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
+    return True

@@ -1,0 +1,86 @@
+"""Indexes that were built before, on disk: a file each, found again as long as what they were made of is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from raydet.data.index import Index
+from raydet.data.problems import Problems
+from raydet.data.store import Store
+from raydet.errors import RaydetError
+
+logger = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    """Return the folder of the cache: RAYDET_CACHE of the environment, or ~/.cache/raydet."""
+    return Path(os.environ.get("RAYDET_CACHE") or "~/.cache/raydet").expanduser()
+
+
+def cached(build: Callable[..., Index], store: Store, reads: Iterable[str], settings: Any, problems: Problems) -> Index:
+    """Return an index from the cache, or build it and put it there.
+
+    What was left out of it when it was built is reported again each time.
+
+    Args:
+        build: makes the index; called with `problems`.
+        store: of the sources.
+        reads: files and folders that `build` reads, or whose names it needs: one that was added, taken away or
+            changed (in size or time), here or in a folder below, makes it another index.
+        settings: of `build`, which make it another index too; JSON.
+        problems: gets what is left out.
+
+    Raises:
+        RaydetError: see `build`.
+    """
+    file = folder() / f"{_fingerprint(store, reads, settings)}.index"
+    found = _read(file)
+    if found is not None:
+        messages, index = found
+        for message in messages:
+            problems.add(message)
+        return index
+    earlier = len(problems.messages)
+    index = build(problems=problems)
+    _write(file, problems.messages[earlier:], index)
+    return index
+
+
+def _fingerprint(store: Store, reads: Iterable[str], settings: Any) -> str:
+    listings: dict[str, Any] = {}
+    for path in reads:
+        kind = store.kind(path)
+        if kind == "folder":
+            listings[path] = store.files(path, recursive=True)
+        elif kind == "file":
+            listings[path] = store.files(os.path.dirname(path))[os.path.basename(path)]
+    # The code of this package stands for its version: it says more.
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(json.dumps([store.root, settings, listings]).encode() + code).hexdigest()
+
+
+def _read(file: Path) -> tuple[list[str], Index] | None:
+    """Return the problems and the index in a file, or None if it is not there or damaged."""
+    try:
+        content = file.read_bytes()
+        digest, body = content[:32], content[32:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        messages, _, index = body.partition(b"\n")
+        return json.loads(messages), Index.load(index)
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: Path, messages: list[str], index: Index) -> None:
+    body = json.dumps(messages).encode() + b"\n" + index.save()
+    try:
+        Store(file.parent).write(file.name, hashlib.sha256(body).digest() + body)
+    except (OSError, RaydetError) as error:
+        logger.warning("the index is not kept for the next time: %s cannot be written (%s)", file, error)

@@ -1,0 +1,113 @@
+"""Looking through a data set's files: which images there are, their sizes, and many small files at once."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from raydet.data.problems import Problems
+from raydet.data.store import Store
+from raydet.errors import RaydetError
+
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+HEADER = 64 * 1024  # bytes in which the size of nearly every image is found
+THREADS = 16  # they wait for a disk or a network more than they work
+SHOW_FROM = 10_000  # files that take long enough for a progress bar
+
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that exchange rows and columns
+
+
+def is_image(name: str) -> bool:
+    """Has this file name the suffix of an image, in small or capital letters?"""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def present(store: Store, names: Iterable[str]) -> dict[str, int]:
+    """List the folders that `names` lie in, each once: path of each file there → its size in bytes."""
+    found: dict[str, int] = {}
+    for folder in sorted({os.path.dirname(name) for name in names}):
+        if store.kind(folder) == "folder":
+            found |= {os.path.join(folder, name): size for name, (size, _) in store.files(folder).items()}
+    return found
+
+
+def each(read: Callable[[str], T], names: Sequence[str], what: str) -> Iterator[T | RaydetError]:
+    """Read many files side by side.
+
+    Args:
+        read: called with a name.
+        names: of the files.
+        what: they are, for the progress bar.
+
+    Yields:
+        What `read` returns for each name, in their order, or the error that it raises.
+    """
+
+    def attempt(name: str) -> T | RaydetError:
+        try:
+            return read(name)
+        except RaydetError as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        results: Iterable[T | RaydetError] = pool.map(attempt, names)
+        if len(names) >= SHOW_FROM:
+            from rich.console import Console
+            from rich.progress import track
+
+            results = track(results, f"reading {what}", len(names), console=Console(stderr=True), transient=True)
+        yield from results
+
+
+def image_sizes(
+    store: Store, names: Sequence[str], lengths: Mapping[str, int], problems: Problems
+) -> dict[str, tuple[int, int]]:
+    """Read the width and height of images in pixels from their headers: as decoded, which is turned as EXIF says.
+
+    Args:
+        store: where they are.
+        names: of the files.
+        lengths: of the files in bytes, as `present` gives them.
+        problems: gets each file that is no image; it is left out.
+    """
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # nothing is decoded here
+    try:
+        found = {}
+        sizes = each(lambda name: _image_size(store, name, lengths[name]), names, "the sizes of images")
+        for name, size in zip(names, sizes, strict=True):
+            if isinstance(size, RaydetError):
+                problems.add(str(size))
+            else:
+                found[name] = size
+        return found
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _image_size(store: Store, name: str, length: int) -> tuple[int, int]:
+    for part in sorted({min(HEADER, length), length}):
+        with suppress(ValueError):
+            return _parse_header(store.read(name, 0, part))
+    raise RaydetError(f"{store.path(name)} is not an image ({length} bytes)")
+
+
+def _parse_header(content: bytes) -> tuple[int, int]:
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:  # Pillow raises whatever broken bytes lead it to
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+    except Exception as error:
+        raise ValueError(str(error)) from None
+    with suppress(Exception):
+        exif.load(image.info.get("exif", b""))  # image.getexif() would decode a PNG
+    return (height, width) if exif.get(_ORIENTATION) in _TURNED else (width, height)

@@ -1,0 +1,220 @@
+"""Folders of files, local or in an object store: the only place that reads images and annotations.
+
+A root is a path, or a URI that pyarrow knows: `s3://bucket/folder`, `gs://bucket/folder`, without percent-encoding.
+Credentials come from where the stores' own tools find them. `AWS_ENDPOINT_URL`, or
+`?endpoint_override=host:port&scheme=http&region=…` after an S3 URI, names another server.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow.fs as pafs
+
+from raydet.errors import RaydetError
+
+# An object store fails now and then: waits before the next attempts, in seconds.
+RETRY_AFTER_S = (0.2, 1.0, 5.0)
+# To open a file in an object store is a request, for its size: so many stay open for reading parts of them.
+OPEN_FILES = 128
+
+
+def is_uri(root: str | Path) -> bool:
+    """Is this an object store's address, not a local path?"""
+    return "://" in str(root)
+
+
+def inside(name: str) -> str:
+    """Return a file name of an annotation as a path below the data set's folder, with forward slashes.
+
+    Raises:
+        ValueError: it is empty, or leads out of the folder.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0].endswith(":"):
+        raise ValueError(f"file name {name!r} leaves the folder of images" if name else "the file name is empty")
+    return str(path)
+
+
+class Store:
+    """A folder, and reading below it. It can be sent to other processes.
+
+    Args:
+        root: local path or URI.
+
+    Raises:
+        RaydetError: pyarrow knows no such store.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = str(root) if is_uri(root) else str(Path(root).expanduser().resolve())
+        self._remote: Any = None
+        self._base = self.root
+        if is_uri(root):
+            try:
+                self._remote, self._base = pafs.FileSystem.from_uri(_encoded(self.root))
+            except (ValueError, OSError) as error:
+                raise RaydetError(f"{root}: no store that pyarrow can open ({error})") from None
+            self._opened = lru_cache(OPEN_FILES)(self._remote.open_input_file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.root,)
+
+    @property
+    def is_local(self) -> bool:
+        """Is it a folder of this machine's file system?"""
+        return self._remote is None
+
+    def path(self, name: str) -> str:
+        """Return the full path or address of a file, for messages too."""
+        if self._remote is None:
+            return os.path.join(self._base, name)
+        address, question, query = self.root.partition("?")
+        return f"{address.rstrip('/')}/{name}{question}{query}"
+
+    def below(self, folder: str) -> Store:
+        """Return the store of a folder in this one; "" and "." are this one."""
+        return self if folder in {"", "."} else Store(self.path(folder))
+
+    def kind(self, name: str = "") -> str:
+        """Return "file", "folder" or "" for nothing."""
+        if self._remote is None:
+            path = self.path(name) if name else self._base
+            return "folder" if os.path.isdir(path) else "file" if os.path.isfile(path) else ""
+        found = self._retry(lambda: self._remote.get_file_info(self._key(name)), name)
+        return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(found.type, "")
+
+    def files(self, folder: str = "", *, recursive: bool = False) -> dict[str, tuple[int, int]]:
+        """List the files of a folder, sorted: path below the folder → (size in bytes, time of change in ns).
+
+        Raises:
+            RaydetError: there is no such folder.
+        """
+        if self.kind(folder) != "folder":
+            raise RaydetError(f"{self.path(folder) if folder else self.root}: no such folder")
+        if self._remote is not None:
+            base = self._key(folder).rstrip("/") + "/"
+            selector = pafs.FileSelector(base, recursive=recursive)
+            listed = self._retry(lambda: self._remote.get_file_info(selector), folder)
+            entries = [
+                (info.path.removeprefix(base), info.size, info.mtime_ns or 0)
+                for info in listed
+                if info.type == pafs.FileType.File
+            ]
+        else:
+            base = self.path(folder) if folder else self._base
+            entries = []
+            waiting = [""]
+            while waiting:
+                below = waiting.pop()
+                try:
+                    listing = list(os.scandir(os.path.join(base, below)))
+                except OSError as error:
+                    raise RaydetError(f"{os.path.join(base, below)}: cannot be read ({error.strerror})") from None
+                for entry in listing:
+                    name = f"{below}/{entry.name}" if below else entry.name
+                    if entry.is_dir():
+                        waiting += [name] * recursive
+                    elif entry.is_file():  # not so a link to nothing
+                        status = entry.stat()
+                        entries.append((name, status.st_size, status.st_mtime_ns))
+        return {name: (size, changed) for name, size, changed in sorted(entries)}
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Read a file, or `length` bytes of it from `offset`.
+
+        Raises:
+            RaydetError: it is missing, cannot be read, or ends before; it is named.
+        """
+        if self._remote is None:
+            try:
+                with open(self.path(name), "rb", buffering=0) as file:
+                    file.seek(offset)
+                    content = file.read(-1 if length is None else length)
+            except OSError as error:
+                raise RaydetError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
+        else:
+            content = self._retry(lambda: self._read(name, offset, length), name)
+        if length is not None and len(content) != length:
+            raise RaydetError(f"{self.path(name)}: ends before byte {offset + length}")
+        return content
+
+    def text(self, name: str) -> str:
+        """Read a text file in UTF-8, with or without a byte order mark.
+
+        Raises:
+            RaydetError: it cannot be read, or is no text.
+        """
+        try:
+            return self.read(name).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RaydetError(f"{self.path(name)} is not text in UTF-8: {error}") from None
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file aside and rename it, folders made as needed; an object store shows it only when it is whole.
+
+        Raises:
+            RaydetError: it cannot be written.
+        """
+        if self._remote is not None:
+
+            def put() -> None:
+                with self._remote.open_output_stream(self._key(name)) as file:
+                    file.write(content)
+
+            self._retry(put, name)
+            return
+        path = Path(self.path(name))
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_bytes(content)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise RaydetError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def _key(self, name: str) -> str:
+        return f"{self._base.rstrip('/')}/{name}" if name else self._base
+
+    def _read(self, name: str, offset: int, length: int | None) -> bytes:
+        if length is not None:
+            file = self._opened(self._key(name))
+            part: bytes = file.read_at(length, offset) if offset < file.size() else b""
+            return part
+        with self._remote.open_input_file(self._key(name)) as file:
+            content: bytes = file.read_at(file.size() - offset, offset)
+            return content
+
+    def _retry(self, call: Any, name: str) -> Any:
+        for wait in (*RETRY_AFTER_S, None):
+            try:
+                return call()
+            except FileNotFoundError:
+                raise RaydetError(f"{self.path(name)}: cannot be read (No such file)") from None
+            except (OSError, ValueError) as error:
+                self._opened.cache_clear()
+                if wait is None:
+                    raise RaydetError(f"{self.path(name)}: cannot be reached ({error})") from None
+                time.sleep(wait)
+
+
+def _encoded(uri: str) -> str:
+    """Percent-encode the path of a URI."""
+    address, question, query = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host}{slash}{quote(path)}{question}{query}"
+
+
+@lru_cache(maxsize=64)
+def store(root: str) -> Store:
+    """Return a process' one store for a root: its connections are kept."""
+    return Store(root)
