@@ -22,8 +22,10 @@ REPEATS = 25  # each picture is listed so often, so that an epoch is more than a
 OVERRIDES = [
     f"data.image_size={SIZE}",
     "data.chunk_size=8",
-    "augment.horizontal_flip=0",
-    "augment.hsv=0",
+    *(f"augment.{name}=0" for name in ("mosaic", "mixup", "translate", "degrees", "shear", "rotate90")),
+    *(f"augment.{name}=0" for name in ("horizontal_flip", "hsv", "channel_swap")),
+    "augment.scale=[1, 1]",
+    "augment.multiscale=null",
     "train.batch_size=8",
     "train.optimizer=adamw",
     "train.lr=0.001",
@@ -89,8 +91,9 @@ def main() -> None:
     for model in models:
         began = time.perf_counter()
         command = [sys.executable, "-m", "raydet.cli", "train", f"coco2017_{model}", f"name={model}"]
-        command += [f"storage={arguments.work}", f"data.root={arguments.coco}", f"data.train_annotations={train}"]
-        command += [f"data.val_annotations={val}", "data.val_images=train2017", f"train.epochs={EPOCHS[model]}"]
+        command += [f"storage={arguments.work}", f"data.root={arguments.coco}", f"train.epochs={EPOCHS[model]}"]
+        for split, file in (("train", train), ("val", val)):
+            command += [f"data.{split}_annotations={file}", f"data.{split}_images=train2017"]
         subprocess.run([*command, *OVERRIDES, *overrides], check=True)
         seconds = time.perf_counter() - began
         summary = json.loads((arguments.work / model / "summary.json").read_text())

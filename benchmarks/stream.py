@@ -21,8 +21,8 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from raydet.data.formats import load_index
 
+from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import decode, letterbox

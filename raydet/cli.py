@@ -237,11 +237,13 @@ def ingest(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
     ],
-    out: Annotated[str, typer.Argument(help="folder for the shards: s3://…, gs://… or a path that all nodes share")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="folder for the shards: s3://…, gs://… or a path that all nodes share")
+    ],
     overrides: Overrides = None,
     splits: Annotated[list[str] | None, typer.Option("--split", help="train or val [default: both]")] = None,
     shard_mb: Annotated[
-        float, typer.Option("--shard-mb", help="size of a shard; a task needs five times as much memory", min=1)
+        float, typer.Option("--shard-mb", help="size of a shard; a task needs three times as much memory", min=1)
     ] = 128,
     seed: Annotated[int, typer.Option("--seed", help="of the images' places in the shards", min=0)] = 0,
     verify: Annotated[
@@ -258,10 +260,14 @@ def ingest(
     """
     from raydet.data.ingest import ingest as run
     from raydet.data.store import is_uri
-    from raydet.recipe import Recipe, load
+    from raydet.recipe import Recipe, load, shipped
 
-    is_folder = is_uri(data) or Path(data).expanduser().is_dir()
-    recipe = load(Recipe(), [f"data.root={data}", *(overrides or ())]) if is_folder else load(data, overrides or ())
+    if is_uri(data) or Path(data).expanduser().is_dir():
+        recipe = load(Recipe(), [f"data.root={data}", *(overrides or ())])
+    elif data in shipped() or Path(data).is_file():
+        recipe = load(data, overrides or ())
+    else:
+        raise RaydetError(f"{data} is neither a folder nor the URI of one nor a recipe")
     run(
         recipe.data,
         out,

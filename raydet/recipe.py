@@ -53,8 +53,8 @@ class Data(Section):
 
     format: str = Field(
         "auto",
-        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (what raydet ingest "
-        "wrote), the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
+        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (what raydet "
+        "ingest writes), the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
     )
     root: str = Field(
         "data/coco", description="folder that the other paths of this section start from: a path, s3://… or gs://…"

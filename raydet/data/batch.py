@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from raydet.boxes import xyxy_to_cxcywh
 from raydet.data.samples import Samples
@@ -22,7 +23,7 @@ class Batch:
 
     Attributes:
         images: uint8 [B, 3, H, W], BGR, in channels-last memory, as they were decoded and as convolutions like them;
-            these and the targets in pinned memory where asked for.
+            not to be written to. These and the targets are in pinned memory where asked for.
         targets: float32 [N, 6]: image in the batch, class, cx, cy, w, h in pixels.
         positions: int64 [B], the samples' places in the stream.
         rows: int64 [B], their rows in the index.
@@ -39,13 +40,13 @@ class Batch:
 def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bool = False) -> Batch:
     """Join blocks of samples into a batch."""
     count = sum(len(block) for block in blocks)
-    images = torch.empty((count, *image_size, 3), dtype=torch.uint8, pin_memory=pin_memory)
-    pixels = images.numpy()
-    start = 0
-    for block in blocks:
-        stop = start + len(block)
-        pixels[start:stop] = block["image"].combine_chunks().flatten().to_numpy().reshape(-1, *image_size, 3)
-        start = stop
+    # Views of the blocks' own memory, which a batch of one block keeps: pixels are copied only to join or to pin them.
+    parts = [from_dlpack(block["image"].combine_chunks().flatten()).view(-1, *image_size, 3) for block in blocks]
+    if len(parts) == 1 and not pin_memory:
+        (images,) = parts
+    else:
+        images = torch.empty((count, *image_size, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        torch.cat(parts, out=images)
     table = pa.concat_tables([block.drop(["image"]) for block in blocks]).combine_chunks()
     boxes = table["boxes"].chunk(0)
     corners = boxes.flatten().flatten().to_numpy().reshape(-1, 4)

@@ -178,7 +178,8 @@ def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | Non
         return None, given
     listed = given or f"ImageSets/Main/{split}.txt"
     if given is not None or store.kind(listed) == "file":
-        return listed, os.path.join(listed.partition("ImageSets")[0], "Annotations")
+        above, found, _ = listed.partition("ImageSets")
+        return listed, os.path.join(above if found else "", "Annotations")
     folders = [f"{folder}/Annotations" for folder in _FOLDERS[split]]
     return next(((None, folder) for folder in folders if store.kind(folder) == "folder"), None)
 

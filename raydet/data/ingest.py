@@ -11,6 +11,7 @@ reads in one request and without Parquet. A shard is done when it was read back 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import struct
@@ -65,9 +66,9 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        new = f"{self.written:,.1f} MB of them written in {self.seconds:.1f} s, {self.written / self.seconds:.0f} MB/s"
+        new = f"{self.written:,.1f} MB written in {self.seconds:.1f} s, {self.written / self.seconds:.0f} MB/s"
         return (
-            f"{self.images:,} images with {self.boxes:,} boxes in {self.shards:,} shards of {self.megabytes:,.1f} MB; "
+            f"{self.images:,} images with {self.boxes:,} boxes in {self.shards:,} shard(s), {self.megabytes:,.1f} MB; "
             f"{new if self.written else 'all were there before'}"
         )
 
@@ -121,7 +122,7 @@ def ingest(
             and counted, as `data.on_error` says.
         out: folder for the shards, a URI or a path that all nodes share.
         splits: "train", "val" or both.
-        shard_mb: megabytes of a shard, about; a task needs five times as much memory.
+        shard_mb: megabytes of a shard, about; a task needs three times as much memory.
         seed: of the images' places in the shards.
         verify: read the shards that are done once more, and write those that are damaged again.
         verbose: let Ray print what its tasks print.
@@ -194,13 +195,12 @@ def ingest_index(
         say(f"{len(parts)} of {plan.shards} shards are done already")
     job = _Job(index, out, plan, known, problems.on_error, problems.max_errors)
     seen = written = 0
-    for number, part in _run(job, waiting):
-        if part != known.get(number):
-            written += part.size
+    for number, part, is_new in _run(job, waiting):
         seen += part.size
+        written += part.size * is_new
         parts[number] = part
         _report(part, problems)
-        if time.monotonic() - said > SAY_EVERY_S:
+        if time.monotonic() - said > SAY_EVERY_S and len(parts) < plan.shards:
             said = time.monotonic()
             say(f"{len(parts)} of {plan.shards} shards, {seen / 1e6 / (said - began):.0f} MB/s")
     shards = _index_of_shards(index, out, [parts[number] for number in range(plan.shards)])
@@ -314,15 +314,17 @@ class _Job:
     on_error: OnError
     max_errors: int
 
+    def is_whole(self, number: int) -> bool:
+        """Read a shard that was done before: is it as it was?"""
+        known = self.known.get(number)
+        return known is not None and zlib.crc32(self.out.read(shard_name(number))) == known.crc32
+
     def make(self, number: int) -> _Part:
-        """Write a shard, unless it is known and whole.
+        """Write a shard.
 
         Raises:
             RaydetError: an image cannot be used, or the shard not be written.
         """
-        known = self.known.get(number)
-        if known is not None and zlib.crc32(self.out.read(shard_name(number))) == known.crc32:
-            return known
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
         problems = Problems(self.on_error, self.max_errors)
         rows, images = self._read(self.plan.rows(number), problems)
@@ -361,20 +363,23 @@ class _Job:
 
 def _encode(annotations: pa.Table, images: Sequence[bytes], index: Index) -> memoryview:
     """Return a shard: the annotations, and the images so that each is one piece."""
-    table = annotations.append_column("crc32", pa.array([zlib.crc32(image) for image in images], pa.uint32()))
-    table = table.append_column(pa.field("image", pa.binary(), nullable=False), pa.array(images, pa.binary()))
     about = json.dumps({"class_names": index.class_names, "category_ids": index.category_ids})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata({"raydet": about}),
+    columns = [("crc32", pa.uint32()), pa.field("image", pa.binary(), nullable=False)]
+    schema = pa.schema([*annotations.schema, *columns], {"raydet": about})
+    sink = io.BytesIO()  # grows in smaller steps than Arrow's
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROWS_A_GROUP,
+        schema,
         compression="none",
         use_dictionary=False,
         column_encoding={"image": "PLAIN"},
         write_statistics=False,
-    )
-    return memoryview(sink.getvalue())
+    ) as writer:
+        for first in range(0, len(images), ROWS_A_GROUP):
+            group = images[first : first + ROWS_A_GROUP]
+            arrays = [*annotations.slice(first, ROWS_A_GROUP).columns, [zlib.crc32(image) for image in group], group]
+            writer.write_table(pa.table(arrays, schema=schema))
+    return sink.getbuffer()
 
 
 def _find(images: Sequence[bytes], content: bytes, path: str) -> list[int]:
@@ -397,8 +402,8 @@ def _find(images: Sequence[bytes], content: bytes, path: str) -> list[int]:
     return offsets
 
 
-def _run(job: _Job, numbers: Sequence[int]) -> Iterator[tuple[int, _Part]]:
-    """Make shards in Ray Data tasks, one each; yield them as they are done."""
+def _run(job: _Job, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, bool]]:
+    """Make shards in Ray Data tasks, one each; yield number, what is in it, and whether it is new, as they are done."""
     import ray
     import ray.data
 
@@ -416,9 +421,10 @@ def _run(job: _Job, numbers: Sequence[int]) -> Iterator[tuple[int, _Part]]:
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in block.to_pylist():
-                yield row["number"], _Part(**json.loads(row["part"]))
+                yield row["number"], _Part(**json.loads(row["part"])), row["is_new"]
     except Exception as error:
-        raise user_error(error) or error from None
+        # Ray's error is one of the user's too, but tells the whole traceback: look within.
+        raise user_error(getattr(error, "cause", error)) or error from None
 
 
 def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[pa.Table]:
@@ -427,5 +433,7 @@ def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[
 
     work: _Job = ray.get(job)
     for place in batch["id"].to_pylist():
-        part = work.make(numbers[place])
-        yield pa.table({"number": [numbers[place]], "part": [json.dumps(asdict(part))]})
+        number = numbers[place]
+        is_new = not work.is_whole(number)
+        part = work.make(number) if is_new else work.known[number]
+        yield pa.table({"number": [number], "part": [json.dumps(asdict(part))], "is_new": [is_new]})

@@ -126,6 +126,6 @@ def _usable(objects: Objects, label_of: Mapping[Any, int], name: str, problems: 
     for row in np.flatnonzero(~valid):
         problems.add(f"{name}: object {row}: box {boxes[row].tolist()} is not finite, or its corners are swapped")
     for row in np.flatnonzero(valid & (labels < 0)):
-        problems.add(f"{name}: object {row}: there is no class {objects[1][row]!r}")
+        problems.add(f"{name}: object {row}: there is no class {objects[1][row]}")
     keep = valid & (labels >= 0)
     return boxes[keep], labels[keep], crowd[keep]

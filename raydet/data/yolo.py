@@ -77,7 +77,7 @@ def _config(store: Store) -> dict[str, Any]:
     for name in sorted(store.files(), key=lambda name: (name != "data.yaml", name)):
         if name.endswith((".yaml", ".yml")):
             try:
-                config = yaml.safe_load(store.text(name))
+                config = yaml.load(store.text(name), yaml.BaseLoader)  # all text: a class may be called no, or 007
             except yaml.YAMLError as error:
                 raise RaydetError(f"{store.path(name)} is not YAML: {error}") from None
             if isinstance(config, dict) and ("names" in config or isinstance(config.get("train"), str | list)):
@@ -91,7 +91,7 @@ def _config(store: Store) -> dict[str, Any]:
 def _class_names(store: Store, config: dict[str, Any]) -> list[str]:
     names = config.get("names")
     if isinstance(names, dict):
-        names = [names.get(label) for label in range(len(names))]
+        names = [names.get(str(label)) for label in range(len(names))]
     elif not isinstance(names, list):
         files = [name for name in store.files() if name.endswith(".names") or name == "classes.txt"]
         files.sort(key=lambda name: (name != "obj.names", name))
@@ -102,7 +102,7 @@ def _class_names(store: Store, config: dict[str, Any]) -> list[str]:
             )
         names = store.text(file).strip().splitlines()
     count = config.get("nc", config.get("classes", len(names)))
-    if None in names or len(set(names)) < len(names) or str(count) != str(len(names)):
+    if not names or None in names or len(set(names)) < len(names) or str(count) != str(len(names)):
         raise RaydetError(f"{store.root}: the names of the {count} classes are not so many different ones: {names}")
     return [str(name).strip() for name in names]
 

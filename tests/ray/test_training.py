@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import raydet
 from raydet.errors import RaydetError
-from raydet.recipe import load
 
 
 def train(demo, *overrides, **arguments):
@@ -165,8 +164,6 @@ def test_workers_find_a_model_and_a_loss_in_the_folder_that_the_command_is_given
     overrides = [*demo, "train.epochs=1", "scale.num_workers=2", "scale.cpus_per_worker=1"]
     own = ["model.name=mypackage.mine:build", "loss.name=mypackage.mine:Mine", "data.image_size=64"]
     command = [sys.executable, "-m", "raydet.cli", "train", "ppyoloe_finetune", *overrides, *own, "name=own"]
-    data = load("demo").data.model_dump(include={"train_annotations", "train_images", "val_annotations", "val_images"})
-    command += [f"data.{key}={value}" for key, value in data.items()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     first = metrics_of(tmp_path / "runs" / "own")[0]

@@ -117,8 +117,8 @@ def test_resized_images_carry_their_boxes():
         (["augment.rotate90=0.5", "data.image_size=[64, 96]"], r"augment.rotate90 needs a square data.image_size"),
         (["augment.transforms=[{name: nomodule:Flip}]"], r"augment.transforms: nomodule:Flip: cannot import nomodule"),
         (["augment.transforms=[{name: numpy:nothing}]"], r"numpy/__init__.py has no nothing"),
-        (["augment.transforms=[{name: datetime:timedelta, days: 3}]"], "its instances must be callable"),
-        (["augment.transforms=[{name: datetime:timedelta, weekdays: 3}]"], "takes no weekdays|weekdays"),
+        (["augment.transforms=[{name: string:Template, template: x}]"], "its instances must be callable"),
+        (["augment.transforms=[{name: string:Template, colour: x}]"], "takes no colour"),
     ],
 )
 def test_augmentation_that_cannot_work_is_refused(job, shapes_index, overrides, message):

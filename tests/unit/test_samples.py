@@ -146,7 +146,7 @@ def folder_with_broken(tmp_path):
 
 
 def test_a_broken_image_stops_the_stream(folder_with_broken):
-    with pytest.raises(RaydetError, match="is not an image that can be decoded|cannot be read"):
+    with pytest.raises(RaydetError, match=r"is not an image that can be decoded|cannot be read"):
         list(local_train_batches(Samples(folder_with_broken, (Letterbox(SIZE),), SIZE, 16), 0, 10, 5))
 
 

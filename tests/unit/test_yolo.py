@@ -8,7 +8,7 @@ from raydet.errors import RaydetError
 
 
 def write(root, **files):
-    """Write images, 40x20, and text files; `__` is a slash, `_` before the suffix a point."""
+    """Write text files and, where there is no text, images of 40x20 pixels."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +168,11 @@ def test_layouts(tmp_path, files):
         assert (index.num_boxes, index.class_names) == (1, ("cat", "dog"))
 
 
+def test_names_are_text(root):
+    write(root, **{"data.yaml": "train: images\nnames: [no, 007]"})
+    assert load_yolo(Store(root), "train").class_names == ("no", "007")
+
+
 def test_the_last_folder_images_is_that_of_the_labels(tmp_path):
     write(tmp_path, **{"images/images/s/a.jpg": None, "images/labels/s/a.txt": HALF, "obj.names": "cat\ndog"})
     assert load_yolo(Store(tmp_path), "train", "images").num_boxes == 1
@@ -189,7 +194,7 @@ def test_a_listed_image_that_is_missing_or_outside_is_named_or_left_out(root, li
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"classes.txt": ""}, "names of the 0 classes"),
+        ({"train.txt": "images/b.jpg", "classes.txt": ""}, "names of the 0 classes"),
         ({"data.yaml": "names: [cat]\nnc: 2"}, "names of the 2 classes are not so many different ones"),
         ({"data.yaml": "names: [cat, cat]"}, "are not so many different ones"),
         ({"data.yaml": "names: {1: cat, 2: dog}"}, "are not so many different ones"),
