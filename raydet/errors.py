@@ -23,8 +23,10 @@ def user_error(error: BaseException | None) -> RaydetError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, RaydetError):
-            return current
+        wraps = getattr(current, "cause", None) is not None  # Ray's error of a task is of its cause's class too
+        if isinstance(current, RaydetError) and not wraps:
+            message, advice, _ = str(current).partition("\nFailed to apply UDF")  # Ray Data's, on retries
+            return RaydetError(message) if advice else current
         waiting += [current.__cause__, current.__context__, *getattr(current, "worker_failures", {}).values()]
         waiting += [getattr(current, name, None) for name in ("cause", "controller_failure")]
     return None

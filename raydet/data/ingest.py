@@ -34,7 +34,7 @@ from raydet.data.problems import OnError, Problems
 from raydet.data.render import decode
 from raydet.data.scan import THREADS, present
 from raydet.data.store import Store, store
-from raydet.errors import RaydetError, user_error
+from raydet.errors import RaydetError
 from raydet.recipe import Data, Scale
 
 INDEX = "index.parquet"
@@ -418,13 +418,11 @@ def _run(job: _Job, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, bool]]
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.to_pylist():
-                yield row["number"], _Part(**json.loads(row["part"])), row["is_new"]
-    except Exception as error:
-        # Ray's error is one of the user's too, but tells the whole traceback: look within.
-        raise user_error(getattr(error, "cause", error)) or error from None
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in block.to_pylist():
+            if row["error"]:
+                raise RaydetError(row["error"])
+            yield row["number"], _Part(**json.loads(row["part"])), row["is_new"]
 
 
 def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[pa.Table]:
@@ -433,7 +431,10 @@ def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[
 
     work: _Job = ray.get(job)
     for place in batch["id"].to_pylist():
-        number = numbers[place]
-        is_new = not work.is_whole(number)
-        part = work.make(number) if is_new else work.known[number]
-        yield pa.table({"number": [number], "part": [json.dumps(asdict(part))], "is_new": [is_new]})
+        number, is_new, part, message = numbers[place], False, "", ""
+        try:
+            is_new = not work.is_whole(number)
+            part = json.dumps(asdict(work.make(number) if is_new else work.known[number]))
+        except RaydetError as error:  # Ray would add its own words to the message
+            message = str(error)
+        yield pa.table({"number": [number], "is_new": [is_new], "part": [part], "error": [message]})

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from raydet.boxes import clip
 from raydet.data.index import Index
 from raydet.data.mosaic import Composition
 from raydet.data.render import Renderer, Sources
@@ -83,17 +84,19 @@ class Samples:
 
         def image(slot: int) -> Picture:
             row = next(row for row in (*rows[slot:], *rows[:slot]) if row not in broken)
-            objects = self.index.annotations(row)
-            real = ~objects.crowd
-            return Picture.of(row, *self.index.size(row), objects.boxes[real], objects.labels[real])
+            objects, (width, height) = self.index.annotations(row), self.index.size(row)
+            boxes = clip(objects.boxes, width, height)
+            seen = ~objects.crowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
+            return Picture.of(row, width, height, boxes[seen], objects.labels[seen])
 
         rng = np.random.default_rng((self.seed, _SAMPLE, position))
-        picture = image(position % self.chunk_size)
+        shown = [position % self.chunk_size]
+        picture = image(shown[0])
         open_ = self.close_at is None or position < self.close_at
         for transform in self.transforms if open_ else self.closed:
             if partners := getattr(transform, "partners", 0):
-                others = [image(slot) for slot in rng.integers(len(rows), size=partners).tolist()]
-                picture = transform(picture, rng, others)  # type: ignore[call-arg]
+                others = [_draw_other(rng, len(rows), shown) for _ in range(partners)]
+                picture = transform(picture, rng, [image(slot) for slot in others])  # type: ignore[call-arg]
             else:
                 picture = transform(picture, rng)  # type: ignore[call-arg]
         return picture
@@ -194,6 +197,15 @@ class Samples:
                 del self._orders[next(iter(self._orders))]
             self._orders[epoch] = order
         return self._orders[epoch]
+
+
+def _draw_other(rng: np.random.Generator, count: int, shown: list[int]) -> int:
+    """Draw one of `count` that was not drawn before, as long as there is one, and add it to those."""
+    slot = int(rng.integers(count))
+    while slot in shown and len(shown) < count:
+        slot = int(rng.integers(count))
+    shown.append(slot)
+    return slot
 
 
 def _table(positions: Array, rows: Array, images: Array, samples: list[Sample], errors: list[list[str]]) -> pa.Table:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from typing import TypeVar
 
 from raydet.data.problems import Problems
@@ -55,14 +56,21 @@ def each(read: Callable[[str], T], names: Sequence[str], what: str) -> Iterator[
         except RaydetError as error:
             return error
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        results: Iterable[T | RaydetError] = pool.map(attempt, names)
+    # Some at a time: to hand a thread one file costs as much as to read it.
+    size = max(1, min(64, len(names) // (8 * THREADS)))
+    parts = [names[start : start + size] for start in range(0, len(names), size)]
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        read_parts = pool.map(lambda part: [attempt(name) for name in part], parts)
+        results: Iterable[T | RaydetError] = chain.from_iterable(read_parts)
         if len(names) >= SHOW_FROM:
             from rich.console import Console
             from rich.progress import track
 
             results = track(results, f"reading {what}", len(names), console=Console(stderr=True), transient=True)
         yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)  # a problem may have stopped it
 
 
 def image_sizes(

@@ -362,14 +362,14 @@ def test_what_gives_no_index_is_refused(root, registry, value, message):
 def test_by_module_and_name(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_data.py").write_text(
+    (tmp_path / "data_of_mine.py").write_text(
         "from raydet.data.records import index_of_records\n"
         "def mine(root):\n"
         "    return index_of_records([{'path': 'b.jpg', 'boxes': [], 'labels': []}], ['cat'], root)\n"
         "number = 5\n"
     )
-    assert len(load_own(Store(root), "my_data:mine", "train")) == 1
-    with pytest.raises(RaydetError, match="my_data:number is no class and no function"):
-        load_own(Store(root), "my_data:number", "train")
+    assert len(load_own(Store(root), "data_of_mine:mine", "train")) == 1
+    with pytest.raises(RaydetError, match="data_of_mine:number is no class and no function"):
+        load_own(Store(root), "data_of_mine:number", "train")
     with pytest.raises(RaydetError, match="has no mind; did you mean mine"):
-        load_own(Store(root), "my_data:mind", "train")
+        load_own(Store(root), "data_of_mine:mind", "train")

@@ -302,7 +302,7 @@ def test_difficult(tmp_path, cache):
     [
         ({"root": "/none"}, r"data\.root: /none is not a folder; pass data\.root=FOLDER"),
         ({"format": "cocoa"}, r"data\.format: cocoa is none of auto, coco, shards, voc, yolo; did you mean coco"),
-        ({"format": "my_data:Mine"}, r"data\.format: cannot import my_data"),
+        ({"format": "no_such_module:Mine"}, r"data\.format: cannot import no_such_module"),
         ({"class_inclusion_list": ["cot"]}, r"data\.class_inclusion_list: there is no class cot; did you mean cat"),
         ({"class_inclusion_list": ["cat", "cat"]}, r"data\.class_inclusion_list: a class is named twice"),
         ({"format": "yolo"}, "found no names of classes"),

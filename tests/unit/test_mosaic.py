@@ -215,6 +215,8 @@ def test_mixup_and_flips_follow(gallery, size, factor):
         picture = Mixup(1.0, size, (factor, factor))(picture, rng(seed), [whole(index, row)])
         (across, _, left), (_, _, top) = picture.layers[1][0].matrix
         offset = ((factor * size[1] if across < 0 else 0) - left, -top)
+        beyond = max(0, factor - 1) * np.array(size[::-1])
+        np.testing.assert_array_equal(offset, np.clip(offset, -1e-9, beyond + 1e-9))
         layers.append(mixup_pixels(images[row], size, factor, across < 0, offset))
         added = mixup_boxes(index.annotations(row).boxes, images[row].shape, size, factor, across < 0, offset)
         kept = visible(added, size)
