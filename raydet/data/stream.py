@@ -1,8 +1,9 @@
 """The stream: samples as batches, through Ray Data tasks into Ray Train workers.
 
 Global step k trains on positions k·G to (k + 1)·G, G being the global batch. Ray Data tasks make chunks as blocks of
-gcd(B, chunk size) rows (B: a worker's batch), Ray hands the blocks to the ranks in turn, and a batch is the next B rows
-a rank gets; so where a run stands is one number, and a restart is a stream from that position.
+gcd(B, chunk size) rows (B: a worker's batch), or whole for a worker that is alone; Ray hands the blocks to the ranks in
+turn, and a batch is the next B rows a rank gets; so where a run stands is one number, and a restart is a stream from
+that position.
 
     Samples ──► blocks (Arrow, made in tasks) ──► streaming_split over the ranks ──► Batch (torch)
 
@@ -76,7 +77,9 @@ def train_batches(
         tasks: Ray Data tasks at once; None: as many as Ray has CPUs for.
         pin_memory: batches in pinned memory, for a GPU.
     """
-    block_size = gcd(batch_size, samples.chunk_size)
+    turn = gcd(batch_size, samples.chunk_size)
+    # A block costs Ray some milliseconds whatever its size: a rank that is alone gets whole chunks.
+    block_size = turn if ranks.size > 1 else samples.chunk_size
     step = batch_size * ranks.size
     span = max(1, SEGMENT_CHUNKS * samples.chunk_size // step) * step  # whole steps, or batches would be torn
     edges = [*range(start, stop, span), stop]
@@ -86,7 +89,7 @@ def train_batches(
         if number >= len(segments):
             return None
         split = _share_split(segments[number], ranks, equal=True)
-        return _Prefetch(lambda: _batches(split, batch_size // block_size, samples.image_size, pin_memory))
+        return _Prefetch(lambda: _batches(split, batch_size, block_size, samples.image_size, pin_memory))
 
     position = start
     following = start_segment(0)
@@ -102,7 +105,7 @@ def train_batches(
                 done, left = position - segment.start, segment.stop - position
                 if left * (time.monotonic() - began) < NEXT_SEGMENT_LEAD_S * done:
                     following.start()
-            _check(batch, position, batch_size, block_size, ranks)
+            _check(batch, position, batch_size, turn, ranks)
             position += batch_size * ranks.size
             yield batch
     if position != stop:
@@ -124,7 +127,7 @@ def eval_batches(
     """
     segment = _Segment(source, samples, 0, len(samples.index), batch_size, tasks)
     split = _share_split(segment, ranks, equal=False)
-    return lambda: iter(_Prefetch(lambda: _batches(split, 1, samples.image_size, pin_memory)))
+    return lambda: iter(_Prefetch(lambda: _whole_blocks(split, samples.image_size, pin_memory)))
 
 
 @dataclass(frozen=True)
@@ -206,23 +209,38 @@ def _share_split(segment: _Segment, ranks: Ranks, *, equal: bool) -> Any:
     return splits[ranks.rank]
 
 
-def _batches(split: Any, blocks: int, image_size: tuple[int, int], pin_memory: bool) -> Iterator[Batch]:
+def _batches(
+    split: Any, batch_size: int, block_size: int, image_size: tuple[int, int], pin_memory: bool
+) -> Iterator[Batch]:
+    """Cut or join blocks to batches; what is cut is a view."""
     from raydet.data.batch import to_batch
 
     waiting: list[pa.Table] = []
-    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2 * blocks):
-        waiting.append(block)
-        if len(waiting) == blocks:
-            yield to_batch(waiting, image_size, pin_memory)
-            waiting = []
+    missing = batch_size
+    prefetch = 2 * -(-batch_size // block_size)
+    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
+        rest = block
+        while len(rest) >= missing:
+            yield to_batch([*waiting, rest.slice(0, missing)], image_size, pin_memory)
+            rest, waiting, missing = rest.slice(missing), [], batch_size
+        if len(rest):
+            waiting.append(rest)
+            missing -= len(rest)
     if waiting:
-        raise RuntimeError(f"the stream ended within a batch: {len(waiting)} of its {blocks} blocks came")
+        raise RuntimeError(f"the stream ended within a batch: {missing} of its {batch_size} samples did not come")
 
 
-def _check(batch: Batch, position: int, batch_size: int, block_size: int, ranks: Ranks) -> None:
-    """Raise if this is not the rank's part of the step: blocks go to the ranks in turn."""
-    starts = position + block_size * (ranks.rank + ranks.size * np.arange(batch_size // block_size))
-    due = (starts[:, None] + np.arange(block_size)).reshape(-1)
+def _whole_blocks(split: Any, image_size: tuple[int, int], pin_memory: bool) -> Iterator[Batch]:
+    from raydet.data.batch import to_batch
+
+    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        yield to_batch([block], image_size, pin_memory)
+
+
+def _check(batch: Batch, position: int, batch_size: int, turn: int, ranks: Ranks) -> None:
+    """Raise if this is not the rank's part of the step: ranks get `turn` samples each in turn."""
+    starts = position + turn * (ranks.rank + ranks.size * np.arange(batch_size // turn))
+    due = (starts[:, None] + np.arange(turn)).reshape(-1)
     if not np.array_equal(batch.positions.numpy(), due):
         raise RuntimeError(
             f"rank {ranks.rank} got positions {batch.positions.tolist()} where {due.tolist()} were due: "
