@@ -135,8 +135,8 @@ class OneRank:
         return value
 
 
-def through_ray(samples: Samples, cores: int, count: int, batch_size: int = 16) -> tuple[float, float, float, float]:
-    """Stream through Ray Data at `cores` tasks at once.
+def through_ray(samples: Samples, count: int, batch_size: int = 16) -> tuple[float, float, float, float]:
+    """Stream through Ray Data, which was started with so many cores.
 
     Returns:
         images/s, milliseconds of CPU time an image over all processes, peak memory of a task and of this process in MB;
@@ -149,7 +149,7 @@ def through_ray(samples: Samples, cores: int, count: int, batch_size: int = 16) 
     source = ray.put(samples)
     warm = count // 3 // batch_size * batch_size
     began = cpu = 0.0
-    for number, _ in enumerate(train_batches(source, samples, 0, count, batch_size, OneRank(), tasks=cores)):
+    for number, _ in enumerate(train_batches(source, samples, 0, count, batch_size, OneRank())):
         if (number + 1) * batch_size == warm:
             began, cpu = time.perf_counter(), _cpu_of_all()
     seconds, cpu = time.perf_counter() - began, _cpu_of_all() - cpu
@@ -276,13 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def measure(cores: int = cores) -> None:
             for name, samples in pipelines(index, given.side).items():
-                speed, ms, task, reader = through_ray(samples, cores, 6 * given.images)
+                speed, ms, task, reader = through_ray(samples, 6 * given.images)
                 print(
                     f"{name:28} {cores:6} {speed:9.0f} {ms:9.2f} {ms - alone[name]:12.2f} {task:16.0f}, {reader:.0f}",
                     flush=True,
                 )
 
-        _with_ray(cores + 1, measure)
+        _with_ray(cores, measure)
 
 
 def _with_ray(cpus: int, run: Callable[[], Any]) -> None:

@@ -190,17 +190,11 @@ def inspect(
     from raydet.data.report import decode_all
     from raydet.data.report import inspect as look
     from raydet.data.report_page import render
-    from raydet.data.store import Store, is_uri
-    from raydet.recipe import Recipe, load, shipped
+    from raydet.data.store import Store
 
     every_problem = ["data.on_error=skip", f"data.max_errors={sys.maxsize}"]
-    if is_uri(data) or Path(data).expanduser().is_dir():
-        settings = load(recipe or Recipe(), [*every_problem, f"data.root={data}", *(overrides or ())])
-    elif recipe is None and (data in shipped() or Path(data).is_file()):
-        recipe, settings = data, load(data, [*every_problem, *(overrides or ())])
-    else:
-        either = "" if recipe else " nor a recipe"
-        raise RaydetError(f"{data} is neither a folder nor the URI of one{either}")
+    settings = _recipe_of(data, [*every_problem, *(overrides or ())], recipe)
+    recipe = recipe or settings.name
     splits, problems, decoded = {}, {}, {}
     for split in ("train", "val"):
         found = Problems(settings.data.on_error, settings.data.max_errors)
@@ -221,13 +215,10 @@ def inspect(
         problems,
         image_size=settings.data.image_size,
         decoded=decoded,
-        augmented=_augmented(settings, train) if recipe is not None and train is not None else None,
+        augmented=_augmented(settings, train) if recipe and train is not None else None,
         seed=settings.seed,
     )
-    try:
-        Store(out.parent).write(out.name, render(report).encode())
-    except OSError as error:
-        raise RaydetError(f"--out {out}: cannot be written ({error.strerror})") from None
+    Store(out.parent).write(out.name, render(report).encode())
     _summarise(report)
     _say(f"page: {out}")
 
@@ -259,17 +250,9 @@ def ingest(
     Example: raydet ingest coco2017_yolox_s s3://bucket/coco data.root=/data/coco
     """
     from raydet.data.ingest import ingest as run
-    from raydet.data.store import is_uri
-    from raydet.recipe import Recipe, load, shipped
 
-    if is_uri(data) or Path(data).expanduser().is_dir():
-        recipe = load(Recipe(), [f"data.root={data}", *(overrides or ())])
-    elif data in shipped() or Path(data).is_file():
-        recipe = load(data, overrides or ())
-    else:
-        raise RaydetError(f"{data} is neither a folder nor the URI of one nor a recipe")
     run(
-        recipe.data,
+        _recipe_of(data, overrides or ()).data,
         out,
         splits=splits or ("train", "val"),
         shard_mb=shard_mb,
@@ -317,6 +300,18 @@ def main() -> None:
             "interrupted; a training goes on from its last checkpoint when the same command is run again", err=True
         )
         sys.exit(130)
+
+
+def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:
+    """Return the recipe whose data section says what a folder, its URI or a recipe means; a folder's has no name."""
+    from raydet.data.store import is_uri
+    from raydet.recipe import Recipe, load, shipped
+
+    if is_uri(data) or Path(data).expanduser().is_dir():
+        return load(recipe or Recipe(), [f"data.root={data}", *overrides])
+    if recipe is None and (data in shipped() or Path(data).is_file()):
+        return load(data, overrides)
+    raise RaydetError(f"{data} is neither a folder nor the URI of one{'' if recipe else ' nor a recipe'}")
 
 
 def _augmented(settings: Recipe, index: Index) -> Batch | None:

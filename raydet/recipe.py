@@ -53,8 +53,8 @@ class Data(Section):
 
     format: str = Field(
         "auto",
-        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (what raydet "
-        "ingest writes), the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
+        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (of raydet ingest), "
+        "the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
     )
     root: str = Field(
         "data/coco", description="folder that the other paths of this section start from: a path, s3://… or gs://…"
@@ -62,7 +62,8 @@ class Data(Section):
     train_annotations: str | None = Field(
         None,
         description="what to train on: coco: the annotation file; voc: the list of names, such as "
-        "ImageSets/Main/train.txt; yolo: the folder or list of images; null: where the format has it",
+        "ImageSets/Main/train.txt, or a folder of XML files; yolo: the folder or list of images; null: where the format "
+        "has it",
     )
     train_images: str | None = Field(None, description="folder of its images; null: where the format has it")
     val_annotations: str | None = Field(None, description="what to validate on, as train_annotations")
@@ -288,7 +289,7 @@ class Scale(Section):
         None, ge=1, description="CPUs of a worker; null: 1 with a GPU, else an equal share of this machine's"
     )
     data_tasks: int | None = Field(
-        None, ge=1, description="Ray Data tasks at once, one CPU each; null: as many as there are CPUs left"
+        None, ge=1, description="Ray Data tasks at once; null: three for every two CPUs that the workers leave"
     )
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
 
