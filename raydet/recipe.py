@@ -53,7 +53,7 @@ class Data(Section):
 
     format: str = Field(
         "auto",
-        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (of raydet ingest), "
+        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (raydet ingest's), "
         "the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
     )
     root: str = Field(
@@ -62,8 +62,8 @@ class Data(Section):
     train_annotations: str | None = Field(
         None,
         description="what to train on: coco: the annotation file; voc: the list of names, such as "
-        "ImageSets/Main/train.txt, or a folder of XML files; yolo: the folder or list of images; null: where the format "
-        "has it",
+        "ImageSets/Main/train.txt, or a folder of XML files; yolo: the folder or list of images; null: where the "
+        "format has it",
     )
     train_images: str | None = Field(None, description="folder of its images; null: where the format has it")
     val_annotations: str | None = Field(None, description="what to validate on, as train_annotations")
