@@ -363,7 +363,7 @@ def describe(recipe: Recipe) -> str:
         if isinstance(value, Section):
             lines += ["", f"# {value.__doc__}", f"{name}:"]
             fields = type(value).model_fields
-            for key, inner in value:
+            for key, inner in value.model_dump(mode="json").items():
                 described = fields[key].description if key in fields else "argument of the class"
                 lines += _entry(key, inner, described or "", indent="  ")
         else:
@@ -384,9 +384,7 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _entry(key: str, value: Any, description: str, indent: str) -> list[str]:
     comment = textwrap.wrap(description, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    shown = yaml.safe_dump(
-        list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=float("inf")
-    )
+    shown = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
     return [*comment, f"{indent}{key}: {shown.removesuffix('...' + chr(10)).strip()}"]
 
 

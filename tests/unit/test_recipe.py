@@ -171,3 +171,13 @@ def test_differences_leave_out_what_does_not_change_the_result():
     ours = load("demo", ["train.epochs=7", "scale.num_workers=8", "data.root=/x", "track.log_every=1", "storage=/y"])
     demo = load("demo")
     assert recipe.differences(ours, demo) == [f"train.epochs: {demo.train.epochs} there, 7 here"]
+
+
+def test_lists_of_settings_survive_being_written_and_read(tmp_path):
+    own = "augment.transforms=[{name: 'mypackage.mine:Grey', prob: 0.2}]"
+    mine = load("demo", [own, "augment.multiscale=[64, 128]", "data.class_inclusion_list=[disc, ring]"])
+    assert mine.augment.transforms[0].model_extra == {"prob": 0.2}
+    (tmp_path / "mine.yaml").write_text(recipe.describe(mine))
+    again = load(tmp_path / "mine.yaml")
+    assert recipe.differences(mine, again) == []
+    assert again.augment == mine.augment
