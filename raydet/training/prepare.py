@@ -48,26 +48,30 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     if augment.rotate90 and size[0] != size[1]:
         raise RaydetError(f"augment.rotate90 needs a square data.image_size, not {size[0]}x{size[1]}")
     alone = Letterbox(size, resize)
-    always: tuple[Transform, ...] = (
-        HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
-        ChannelSwap(augment.channel_swap),
+    flips: tuple[Transform, ...] = (
         HorizontalFlip(augment.horizontal_flip),
         VerticalFlip(augment.vertical_flip),
         Rotate90(augment.rotate90),
     )
+    colours: tuple[Transform, ...] = (
+        HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
+        ChannelSwap(augment.channel_swap),
+    )
     affine = RandomAffine(size, augment.degrees, augment.translate, augment.scale, augment.shear)
-    together: list[Transform | Composition] = [Mosaic(augment.mosaic, alone)]
-    if affine != RandomAffine(size) or augment.mosaic:
-        together.append(affine)
-    together.append(Mixup(augment.mixup, size, augment.mixup_scale))
+    mixup = Mixup(augment.mixup, size, augment.mixup_scale)
+    transforms: list[Transform | Composition]
+    if augment.mosaic:
+        transforms = [Mosaic(augment.mosaic, alone), affine, mixup, *flips]
+    else:  # flips first: the padding stays on the side where validation has it
+        transforms = [*flips, alone, *([affine] if affine != RandomAffine(size) else []), mixup]
     return Samples(
         index,
-        (*together, *always),
+        (*transforms, *colours),
         size,
         data.chunk_size,
         recipe.seed,
         close_at=(recipe.train.epochs - augment.close_epochs) * len(index) if augment.close_epochs else None,
-        closed=(alone, *always),
+        closed=(*flips, alone, *colours),
         own=tuple(_own_transform(entry) for entry in augment.transforms),
         window=data.shuffle_window,
         on_error=data.on_error,

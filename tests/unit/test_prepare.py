@@ -142,3 +142,25 @@ def test_a_recipe_without_augmentation_shows_the_images_as_validation_does(job, 
     val = val_samples(recipe, shapes_index, "pad_centre")
     for position, row in enumerate(train.rows(0, 8).tolist()):
         assert (train.sample(position).image == val.sample(row).image).all()
+
+
+@pytest.mark.parametrize("overrides", [[], ["augment.mosaic=1", "augment.close_epochs=2"]])
+def test_a_mirrored_sample_has_its_padding_where_validation_has_it(job, shapes_index, overrides):
+    """Of YOLOX: right and below. On the other side, the model would meet a kind of picture that it never sees again."""
+    recipe = job("augment.horizontal_flip=1", "augment.vertical_flip=1", "augment.hsv=0", *overrides).recipe
+    train = train_samples(recipe, shapes_index, "pad_bottom_right")
+    val = val_samples(recipe, shapes_index, "pad_bottom_right")
+    padded = 0
+    for position, row in enumerate(train.rows(0, 16).tolist()):
+        width, height = shapes_index.size(row)
+        scale = min(96 / width, 96 / height)
+        inside = round(height * scale), round(width * scale)
+        mirrored, plain = train.sample(position).image, val.sample(row).image
+        for image in (mirrored, plain):
+            assert (image[inside[0] :] == 114).all()
+            assert (image[:, inside[1] :] == 114).all()
+        padded += inside != (96, 96)
+        assert (
+            abs(mirrored[: inside[0], : inside[1]][::-1, ::-1].astype(int) - plain[: inside[0], : inside[1]]).mean() < 3
+        )
+    assert padded > 4
