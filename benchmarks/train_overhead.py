@@ -38,7 +38,7 @@ BATCHES_IN_MEMORY = 4
 
 def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) -> None:
     """Train on batches in memory; report the images/s of this process."""
-    workers = recipe.scale.num_workers
+    _, workers = recipe.scale.workers
     torch.set_num_threads(recipe.scale.cpus_per_worker or 1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=workers)
@@ -72,7 +72,7 @@ def bare(recipe: Recipe, steps: int) -> float:
         results = manager.dict()
         port = 20000 + os.getpid() % 10000
         arguments = (recipe, steps, port, results)
-        spawn(bare_loop, arguments, nprocs=recipe.scale.num_workers)  # type: ignore[no-untyped-call]
+        spawn(bare_loop, arguments, nprocs=recipe.scale.workers[1])  # type: ignore[no-untyped-call]
         return float(sum(results.values()))
 
 

@@ -25,6 +25,6 @@ def connect(scale: Scale, verbose: bool) -> bool:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes one's own machine away
     # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
     cpus = os.cpu_count() or 1
-    workers = scale.num_workers * (scale.cpus_per_worker or 1)
+    workers = (scale.workers[1] + scale.async_validation) * (scale.cpus_per_worker or 1)
     ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
     return True

@@ -37,6 +37,11 @@ _TWELVE = {
 }
 
 
+def metric_names(index: Index) -> list[str]:
+    """Return the names of all metrics that a validation on an index may give."""
+    return [*_TWELVE, *(f"AP@0.50:0.95_{name}" for name in index.class_names)]
+
+
 class CocoEvaluation:
     """Evaluation of detections against an index.
 

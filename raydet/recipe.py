@@ -114,6 +114,7 @@ def _range(value: Any) -> Any:
 
 
 Factor = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
 Side = Annotated[int, Field(gt=0, multiple_of=32)]
 Range = Annotated[tuple[Factor, Factor], BeforeValidator(_range)]
 
@@ -161,6 +162,7 @@ class YoloXDetectionLoss(Section):
         None, description="weight of the positives in the class term, one number or one a class; null: 1"
     )
     use_l1: bool = Field(False, description="add an L1 term on the raw boxes")
+    l1_last_epochs: int = Field(0, ge=0, description="add it in so many epochs at the end")
     iou_type: Literal["iou", "giou"] = Field("iou", description="box term: iou (1 - IoU²) or giou (1 - GIoU)")
     center_sampling_radius: float = Field(
         2.5, gt=0, description="points this near an object's centre, in strides, may learn it"
@@ -239,11 +241,28 @@ class Train(Section):
 
     epochs: int = Field(300, ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step over all workers, which share them equally")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="the most images that a worker takes at once: a larger share of a step is made in parts, whose "
+        "gradients add up to those of the whole, but for the norms; null: all",
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd, with Nesterov's momentum, or adamw")
     lr: float = Field(0.02, gt=0, description="highest learning rate, for this batch size")
+    backbone_lr: float = Field(1.0, ge=0, description="factor on it for the backbone; 0 freezes it, its norms too")
+    neck_lr: float = Field(1.0, ge=0, description="the same for the neck")
+    head_lr: float = Field(1.0, ge=0, description="the same for the head")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="of kernels")
     decay_all: bool = Field(False, description="weight decay of biases and norms too")
+    clip_grad_norm: float | None = Field(None, gt=0, description="longest gradient, of all weights as one; null: any")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        "cosine",
+        description="of the learning rate between warm-up and cooldown: cosine (to final_lr), step (times lr_gamma at "
+        "each of lr_milestones) or constant",
+    )
+    lr_milestones: list[float] = Field([], description="of schedule: step, in epochs")
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="of schedule: step")
     warmup_epochs: float = Field(5.0, ge=0, description="epochs in which the learning rate rises linearly from 0")
     warmup_steps: int = Field(0, ge=0, description="the same in steps; 0: warmup_epochs says")
     cooldown_epochs: float = Field(15.0, ge=0, description="epochs at the end with the lowest learning rate")
@@ -255,8 +274,17 @@ class Train(Section):
         "threshold (no more than (1 + step) / (10 + step)) or constant",
     )
     ema_ramp: float = Field(15.0, gt=0, description="of ema_rise: exp")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU; fp16 scales the loss, for GPUs "
+        "without bf16",
+    )
+    compile: bool = Field(False, description="torch.compile the model: minutes at the start, faster steps")
+    sync_bn: bool = Field(False, description="norms over the images of all workers, on GPUs")
+    max_bad_steps: int = Field(
+        5,
+        ge=1,
+        description="steps in a row whose loss or gradient is not finite, after which it stops; each is skipped",
     )
 
     @model_validator(mode="before")
@@ -271,6 +299,11 @@ class Eval(Section):
     """Validation: what counts as a detection."""
 
     every: int = Field(1, ge=1, description="epochs from one validation to the next; the last epoch always has one")
+    watch: str = Field("mAP@0.50:0.95", description="metric by which checkpoints are best, such as mAP@0.50 or AR@100")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a better watch; null: train all epochs"
+    )
+    min_delta: float = Field(0.0, ge=0, description="with patience: what counts as better")
     batch_size: int = Field(16, ge=1, description="images a step and worker")
     score: float = Field(0.001, ge=0, lt=1, description="lowest score of a detection")
     iou: float = Field(0.65, gt=0, le=1, description="NMS: of two boxes that overlap more, the better stays")
@@ -283,7 +316,11 @@ class Eval(Section):
 class Scale(Section):
     """Resources. Each step has the same samples whatever these are; a norm sees those of its own worker."""
 
-    num_workers: int = Field(1, ge=1, description="Ray Train workers, one GPU each where GPUs are used")
+    num_workers: Annotated[int, Field(ge=1)] | Annotated[tuple[Count, Count], BeforeValidator(_range)] = Field(
+        1,
+        description="Ray Train workers, one GPU each where GPUs are used; [fewest, most]: as many as there is "
+        "room for, also when nodes come or go",
+    )
     gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
     cpus_per_worker: int | None = Field(
         None, ge=1, description="CPUs of a worker; null: 1 with a GPU, else an equal share of this machine's"
@@ -292,13 +329,35 @@ class Scale(Section):
         None, ge=1, description="Ray Data tasks at once; null: three for every two CPUs that the workers leave"
     )
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
+    hang_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="a worker that makes no step for so long is replaced, its stack kept in the run's folder",
+    )
+    async_validation: bool = Field(
+        False, description="validate on a GPU, or CPUs, of its own, while the training goes on; else on the workers"
+    )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return (self.num_workers,) * 2 if isinstance(self.num_workers, int) else self.num_workers
 
 
 class Track(Section):
     """What is written and shown while it runs."""
 
     log_every: int = Field(20, ge=1, description="steps from one progress line to the next")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints to keep: the best by mAP@0.50:0.95, and the last")
+    keep_checkpoints: int = Field(
+        3, ge=1, description="checkpoints to keep: so many of the best by eval.watch, and the last two"
+    )
+    average_best: bool = Field(
+        True, description="at the end, average the weights of the best ones, as a checkpoint of its own"
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="steps from one checkpoint within an epoch to the next; null: see checkpoint_minutes"
+    )
+    checkpoint_minutes: float | None = Field(30.0, gt=0, description="the same in minutes; null: none")
 
 
 class Recipe(Section):

@@ -62,7 +62,7 @@ def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bo
 
 def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
     """Yield the batches of positions start … stop - 1, made in this very thread, where a breakpoint stops."""
-    block_size = gcd(batch_size, samples.chunk_size)
+    block_size = gcd(batch_size, samples.chunk_size, start)
     waiting: list[pa.Table] = []
     for low, high in _by_chunk(start, stop, samples.chunk_size):
         for block in samples.blocks(low, high, block_size):

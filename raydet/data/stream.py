@@ -1,9 +1,9 @@
 """The stream: samples as batches, through Ray Data tasks into Ray Train workers.
 
 Global step k trains on positions k·G to (k + 1)·G, G being the global batch. Ray Data tasks make chunks as blocks of
-gcd(B, chunk size) rows (B: a worker's batch), or whole for a worker that is alone; Ray hands the blocks to the ranks in
-turn, and a batch is the next B rows a rank gets; so where a run stands is one number, and a restart is a stream from
-that position.
+gcd(B, chunk size, start) rows (B: a worker's batch), or whole for a worker that is alone; Ray hands the blocks to the
+ranks in turn, and a batch is the next B rows a rank gets; so where a run stands is one number, and a restart is a
+stream from that position, with as many ranks as there are then.
 
     Samples ──► blocks (Arrow, made in tasks) ──► streaming_split over the ranks ──► Batch (torch)
 
@@ -73,14 +73,14 @@ def train_batches(
     Args:
         source: `samples` in Ray's object store, for the tasks.
         samples: the same here.
-        start: first position, a multiple of the global batch.
-        stop: end, likewise.
+        start: first position.
+        stop: end, whole global batches after it.
         batch_size: of one rank.
         ranks: the worker group; every rank iterates at the same time.
         tasks: Ray Data tasks at once; None: as many as Ray has CPUs for.
         pin_memory: batches in pinned memory, for a GPU.
     """
-    turn = gcd(batch_size, samples.chunk_size)
+    turn = gcd(batch_size, samples.chunk_size, start)
     # A block costs Ray some milliseconds whatever its size: a rank that is alone gets whole chunks.
     block_size = turn if ranks.size > 1 else samples.chunk_size
     step = batch_size * ranks.size

@@ -55,8 +55,13 @@ class DetectionLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def at_epoch(self, epoch: int) -> None:
-        """Change what changes in the course of a training; called before each step with the epochs that are done."""
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        """Change what changes in the course of a training; called before each step.
+
+        Args:
+            epoch: epochs that are done.
+            epochs: of the training.
+        """
 
     def forward(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, a scalar to call backward on, and its components, detached and the same on every rank.
@@ -68,20 +73,55 @@ class DetectionLoss(nn.Module):
         Raises:
             ValueError: the output is of a model that this loss is not for.
         """
-        mine = self.terms(outputs, targets)
-        sums = mine.per_image.sum(0)
-        totals, world_size = sum_over_ranks(torch.cat((sums, mine.normaliser.view(1), mine.counts)))
-        size = len(sums)
-        everyone = Terms(totals[None, :size], totals[size], totals[size + 1 :])
-        divisors = self.divisors(everyone)
-        # Ranks average their gradients, so each multiplies its share by their number.
-        loss = torch.stack(self._weigh(sums / divisors)).sum() * world_size
-        divided = totals[:size] / divisors
-        return loss, self.components(divided, torch.stack(self._weigh(divided)), everyone)
+        whole = PartialLoss(self)
+        loss = whole.add(outputs, targets)
+        return loss, whole.finish()[2]
 
-    def _weigh(self, terms: Tensor) -> list[Tensor]:
+    def weigh(self, terms: Tensor) -> list[Tensor]:
+        """Return each of the K terms times its weight."""
         # By plain numbers: a tensor of weights would have to be copied to the device, which waits for it.
         return [weight * term for weight, term in zip(self.weights, terms.unbind(), strict=True)]
+
+
+class PartialLoss:
+    """The loss of a batch that comes in parts, whose gradients add up to those of the whole.
+
+    What the sums are to be divided by is known after the last part only. Until then the first part's divisor stands in,
+    which keeps gradients in the range of half precision; `finish` says what they are to be multiplied by.
+    """
+
+    def __init__(self, criterion: DetectionLoss):
+        self._criterion = criterion
+        self._totals: Terms | None = None
+
+    def add(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return a part's loss, a scalar to call backward on; arguments and errors as in `DetectionLoss.forward`.
+
+        Raises:
+            ValueError: the terms have different divisors, so that no one number corrects the gradients of parts.
+        """
+        mine = self._criterion.terms(outputs, targets)
+        sums = mine.per_image.sum(0)
+        size = len(sums)
+        totals, ranks = sum_over_ranks(torch.cat((sums, mine.normaliser.view(1), mine.counts)))
+        everyone = Terms(totals[None, :size], totals[size], totals[size + 1 :])
+        if self._totals is None:
+            self._totals, self._divisors = everyone, self._criterion.divisors(everyone)
+        elif self._divisors.ndim:
+            raise ValueError(f"{type(self._criterion).__name__} divides its terms by different numbers")
+        else:
+            self._totals = Terms(*(before + now for before, now in zip(self._totals, everyone, strict=True)))
+        # Ranks average their gradients, so each multiplies its share by their number.
+        return torch.stack(self._criterion.weigh(sums / self._divisors)).sum() * ranks
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the gradients are to be multiplied by, and the loss and the components of all parts and ranks."""
+        assert self._totals is not None
+        divisors = self._criterion.divisors(self._totals)
+        divided = self._totals.per_image[0] / divisors
+        weighted = torch.stack(self._criterion.weigh(divided))
+        components = self._criterion.components(divided, weighted, self._totals)
+        return self._divisors / divisors, weighted.sum(), components
 
 
 def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:

@@ -95,7 +95,7 @@ class PPYoloELoss(DetectionLoss):
         """Of loss_cls, loss_iou and loss_dfl."""
         return self.classification_loss_weight, self.iou_loss_weight, self.dfl_loss_weight
 
-    def at_epoch(self, epoch: int) -> None:
+    def at_epoch(self, epoch: int, epochs: int) -> None:
         """Go over to the task-aligned assigner when its time has come."""
         if self.static_assigner_end_epoch is not None:
             self.use_static_assigner = epoch < self.static_assigner_end_epoch

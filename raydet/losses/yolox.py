@@ -56,6 +56,7 @@ class YoloXDetectionLoss(DetectionLoss):
         strides: of the three maps, in pixels.
         num_classes: C.
         use_l1: add the L1 term.
+        l1_last_epochs: add it in so many epochs at the end of a training.
         center_sampling_radius: how near an object's centre, in strides.
         iou_type: "iou" for 1 - IoU², "giou" for 1 - GIoU.
         iou_weight: weight of the box term.
@@ -77,6 +78,7 @@ class YoloXDetectionLoss(DetectionLoss):
         obj_weight: float = 1.0,
         cls_weight: float = 1.0,
         cls_pos_weight: float | Sequence[float] | None = None,
+        l1_last_epochs: int = 0,
     ):
         super().__init__()
         if isinstance(cls_pos_weight, Sequence) and len(cls_pos_weight) != num_classes:
@@ -86,6 +88,7 @@ class YoloXDetectionLoss(DetectionLoss):
         self.strides = tuple(strides)
         self.num_classes = num_classes
         self.use_l1 = use_l1
+        self.l1_last_epochs = l1_last_epochs
         self.center_sampling_radius = center_sampling_radius
         self.iou_type = iou_type
         self.iou_weight = iou_weight
@@ -100,6 +103,11 @@ class YoloXDetectionLoss(DetectionLoss):
     def weights(self) -> tuple[float, ...]:
         """Of iou, obj, cls and l1."""
         return self.iou_weight, self.obj_weight, self.cls_weight, 1.0
+
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        """Add the L1 term when its time has come."""
+        if self.l1_last_epochs:
+            self.use_l1 = epoch >= epochs - self.l1_last_epochs
 
     def components(self, divided: Tensor, weighted: Tensor, terms: Terms) -> Tensor:
         """Return the terms before weighting, assigned points an object, and the loss."""
@@ -199,6 +207,7 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         cls_pos_weight: float | Sequence[float] | None = None,
         dynamic_ks_bias: float = 1.1,
         obj_loss_fix: bool = False,
+        l1_last_epochs: int = 0,
     ):
         super().__init__(
             strides,
@@ -210,6 +219,7 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
             obj_weight,
             cls_weight,
             cls_pos_weight,
+            l1_last_epochs,
         )
         self.dynamic_ks_bias = dynamic_ks_bias
         self.obj_loss_fix = obj_loss_fix

@@ -1,19 +1,28 @@
-"""Checkpoints: a folder that is enough to resume, evaluate and predict.
+"""Checkpoints: folders that are enough to resume, evaluate and predict.
 
 model.safetensors   the weights to use: the moving average
-training.pt         online weights, optimizer, step (read with weights_only)
-config.json         model, classes, preprocessing, thresholds, metrics, licence
+training.pt         online weights, optimizer, scaler, where the training stands (read with weights_only); gone from
+                    older checkpoints that are kept for their metrics
+config.json         model, classes, preprocessing, thresholds, metrics, licence; checksums of the other files
+
+A folder is written under another name, brought to the disk and then renamed: what has its name is whole, and what a
+disk has damaged since is found out by the checksums.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import dataclass
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raydet import models
@@ -22,7 +31,29 @@ from raydet.models import Detector, Preprocessing
 from raydet.plugins import call, is_own, locate
 from raydet.recipe import Eval
 
-FORMAT = 2
+FORMAT = 3
+WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
+AVERAGE = "checkpoint_average"
+_PARTIAL = ".partial-"
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        position: samples that it has trained on.
+        step: updates of the weights, skipped ones included.
+        best: highest value of the metric that is watched; -1: none yet.
+        stale: validations since then.
+        bad: steps in a row that were skipped.
+    """
+
+    position: int = 0
+    step: int = 0
+    best: float = -1.0
+    stale: int = 0
+    bad: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,23 +105,32 @@ def build(name: str, num_classes: int, image_size: tuple[int, int]) -> Detector:
     return model
 
 
-def save(
-    folder: Path,
+def pack(
     config: Config,
     average: nn.Module,
-    online: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
+    training: Mapping[str, Any] | None,
+    progress: Progress,
     epoch: int,
-    metrics: dict[str, float],
-) -> None:
-    """Write a checkpoint into an empty folder; `step` and `epoch` count what is done, `metrics` are its weights'."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in average.state_dict().items()}, folder / "model.safetensors"
-    )
-    torch.save(
-        {"model": online.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, folder / "training.pt"
-    )
+    metrics: Mapping[str, float],
+    is_awaited: bool = False,
+) -> dict[str, bytes]:
+    """Return the files of a checkpoint: name → content.
+
+    Args:
+        config: what is known of the model.
+        average: the weights to use.
+        training: state dicts by name, for going on with the training; None: it cannot be gone on with.
+        progress: where it stands.
+        epoch: epochs that are done.
+        metrics: of these weights.
+        is_awaited: the metrics will come: it is being validated elsewhere.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    packed = {WEIGHTS: safetensors.torch.save(tensors)}
+    if training is not None:
+        buffer = io.BytesIO()
+        torch.save({**training, "progress": asdict(progress)}, buffer)
+        packed[TRAINING] = buffer.getvalue()
     content = {
         "format": FORMAT,
         "model": config.model,
@@ -106,23 +146,178 @@ def save(
         },
         "thresholds": config.thresholds.model_dump(),
         "licence": config.licence,
-        "step": step,
+        "position": progress.position,
+        "step": progress.step,
         "epoch": epoch,
-        "metrics": metrics,
+        "metrics": dict(metrics),
+        "awaited": is_awaited,
+        "files": {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in packed.items()},
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    return {**packed, CONFIG: json.dumps(content, indent=1).encode()}
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a checkpoint's folder, or replace it.
+
+    Raises:
+        OSError: it cannot be written; what was there still is.
+    """
+    partial = folder.with_name(_PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, data in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            earlier = folder.with_name(f"{_PARTIAL}earlier-{folder.name}")
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
+            partial.rename(folder)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # not to fill the disk with what is of no use
+        raise
+
+
+def set_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Give a checkpoint the metrics that were awaited.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = read_json(folder / CONFIG) | {"metrics": dict(metrics), "awaited": False}
+    partial = folder / f"{_PARTIAL}{CONFIG}"
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(folder / CONFIG)
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        files = read_json(folder / CONFIG)["files"]
+        for name, expected in files.items():
+            if name == TRAINING and not (folder / name).exists():
+                continue
+            data = (folder / name).read_bytes()
+            if len(data) != expected["bytes"]:
+                return f"{name} has {len(data)} bytes of {expected['bytes']}"
+            if zlib.crc32(data) != expected["crc32"]:
+                return f"{name} is not what was written: its checksum differs"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (RaydetError, KeyError, TypeError, AttributeError) as error:
+        return f"{CONFIG} is damaged: {error}"
+    return None
+
+
+def latest(run: Path) -> tuple[Path | None, list[str]]:
+    """Return a run's last whole checkpoint to go on from, if there is one, and what is wrong with later ones."""
+    problems: list[str] = []
+    for folder in sorted(run.glob("checkpoint_[0-9]*"), key=_order, reverse=True):
+        if not (folder / TRAINING).exists() and position(folder) >= 0:
+            continue  # an older one
+        if (problem := damage(folder)) is None:
+            return folder, problems
+        problems.append(f"{folder.name} is damaged: {problem}")
+    return None, problems
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete a run's checkpoints but for the best, the last two, and those whose metrics are awaited.
+
+    Only the last two can be gone on from: the last, and the one before should that be damaged.
+
+    Args:
+        run: its folder.
+        keep: number of the best.
+    """
+    folders = sorted(run.glob("checkpoint_[0-9]*"), key=_order)
+    last = folders[-2:]
+    kept = {*ranked(run)[:keep], *last, *awaited(run)}
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder not in last:
+            (folder / TRAINING).unlink(missing_ok=True)
+    for partial in run.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def awaited(run: Path) -> list[Path]:
+    """Return a run's checkpoints whose metrics are awaited, in order."""
+    return [folder for folder in sorted(run.glob("checkpoint_[0-9]*"), key=_order) if _content(folder).get("awaited")]
+
+
+def ranked(run: Path) -> list[Path]:
+    """Return a run's checkpoints that have been validated, the best by `eval.watch` first; of equals the later."""
+    folders = run.glob("checkpoint_[0-9]*")
+    scored = [(score, *_order(folder), folder) for folder in folders if (score := _score(folder)) is not None]
+    return [entry[-1] for entry in sorted(scored, reverse=True)]
+
+
+def average_weights(model: nn.Module, folders: Sequence[Path]) -> None:
+    """Load the mean of some checkpoints' weights and norm statistics into a model."""
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        for name, tensor in safetensors.torch.load_file(folder / WEIGHTS).items():
+            total[name] = total[name] + tensor.double() if name in total else tensor.double()
+    state = model.state_dict()
+    model.load_state_dict({name: (total[name] / len(folders)).to(tensor.dtype) for name, tensor in state.items()})
+
+
+def _order(folder: Path) -> tuple[int, str]:
+    return position(folder), folder.name
+
+
+def position(folder: Path) -> int:
+    """Return the samples that a checkpoint's weights have seen; -1: it does not say, being damaged."""
+    seen = _content(folder).get("position", -1)
+    return seen if isinstance(seen, int) else -1
+
+
+def _score(folder: Path) -> float | None:
+    """Value of the metric that is watched; None: it was not validated."""
+    content = _content(folder)
+    try:
+        return float(content["metrics"][f"val/{content['thresholds']['watch']}"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / CONFIG)
+    except RaydetError:
+        return {}
 
 
 def restore(
-    folder: Path, average: nn.Module, online: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, dict[str, float]]:
-    """Load a checkpoint for going on with its training; return its step and its metrics, none if not validated."""
-    average.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-    state = torch.load(folder / "training.pt", map_location=device, weights_only=True)
+    folder: Path, average: nn.Module, online: nn.Module, others: Mapping[str, Any], device: torch.device
+) -> tuple[Progress, dict[str, float]]:
+    """Load a checkpoint for going on with its training.
+
+    Args:
+        folder: of the checkpoint.
+        average: gets the weights to use.
+        online: gets those that are trained.
+        others: what else has a state, such as the optimizer, by name.
+        device: of the models.
+
+    Returns:
+        Where it stands, and its metrics, none if it was not validated.
+    """
+    average.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS, device=str(device)))
+    state = torch.load(folder / TRAINING, map_location=device, weights_only=True)
     online.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    metrics: dict[str, float] = read_json(folder / "config.json")["metrics"]
-    return int(state["step"]), metrics
+    for name, other in others.items():
+        other.load_state_dict(state[name])
+    metrics: dict[str, float] = read_json(folder / CONFIG)["metrics"]
+    return Progress(**state["progress"]), metrics
 
 
 def read_config(folder: Path) -> Config:
@@ -131,7 +326,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         RaydetError: it is missing or damaged.
     """
-    content = read_json(folder / "config.json")
+    content = read_json(folder / CONFIG)
     if content.get("format", FORMAT) != FORMAT:
         raise RaydetError(f"{folder}: a checkpoint of format {content['format']}; this raydet reads format {FORMAT}")
     try:
@@ -161,7 +356,7 @@ def load_model(folder: Path, config: Config, model: nn.Module | None = None) -> 
     """
     model = model if model is not None else config.build()
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors and torch have many
         reason = str(error).partition("\n")[0]
         raise RaydetError(f"{folder}: its weights are damaged or of another model than given: {reason}") from None
@@ -169,22 +364,17 @@ def load_model(folder: Path, config: Config, model: nn.Module | None = None) -> 
 
 
 def find(path: Path) -> Path:
-    """Return the checkpoint folder meant by a path: itself, or the best of a run's by mAP, the later of equals.
+    """Return the checkpoint folder meant by a path: itself, or a run's best, the last if none was validated.
 
     Raises:
         RaydetError: there is none.
     """
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return path
-    candidates = [folder for folder in sorted(path.glob("checkpoint_*")) if (folder / "config.json").is_file()]
+    candidates = [folder for folder in path.glob("checkpoint_*") if (folder / CONFIG).is_file()]
     if not candidates:
         raise RaydetError(f"{path}: neither a checkpoint (no config.json in it) nor a run with checkpoints")
-    return max(candidates, key=lambda folder: (_score(folder), folder.name))
-
-
-def _score(folder: Path) -> float:
-    metrics: dict[str, float] = read_json(folder / "config.json").get("metrics", {})
-    return metrics.get("val/mAP@0.50:0.95", -1.0)
+    return max(candidates, key=lambda folder: (_score(folder) or -1.0, _order(folder)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +27,23 @@ from raydet.data.problems import Problems
 from raydet.data.samples import Samples
 from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import RaydetError, user_error
-from raydet.metrics import MAIN_METRIC
 from raydet.outputs import shapes
 from raydet.predict import pick_device
 from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
 from raydet.training import checkpoint
-from raydet.training.loop import evaluation_loop, train_loop
+from raydet.training.display import LiveTable, follow
+from raydet.training.evaluate import evaluate as measure
+from raydet.training.keeper import VALIDATED
+from raydet.training.loop import Ended, evaluation_loop, train_loop
 from raydet.training.prepare import load_evaluated, make_job, open_run, train_samples, val_samples
-from raydet.training.run import Job, RunLog, SayWarnings
+from raydet.training.run import STOP, Job, RunLog, SayWarnings
+from raydet.training.watchdog import Watchdog
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
 _SUMMARY = "summary.json"
+_POINTER = "name"
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Result:
 
     Attributes:
         folder: of the run.
-        checkpoint: the best one, by mAP@0.50:0.95.
+        checkpoint: the best one, by `eval.watch`.
         metrics: of the last validation, by name.
         finished_before: the run had been finished already, and nothing was done.
     """
@@ -68,9 +74,12 @@ def train(
     debug: bool = False,
     device: str | None = None,
     verbose: bool = False,
+    live: bool = False,
     say: Callable[[str], Any] = print,
 ) -> Result:
     """Train a detector, or go on with a training that was interrupted.
+
+    Ctrl-C, or SIGTERM, ends it after the step, with a checkpoint to go on from; a second one ends it at once.
 
     Args:
         recipe: a recipe, the name of a shipped one, or the path of a YAML file.
@@ -83,10 +92,12 @@ def train(
         debug: in this process, without Ray, on the first images, for two epochs.
         device: with `debug`, such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
         verbose: let Ray print what its workers print.
+        live: show a table in the terminal in place of lines.
         say: takes each line of progress.
 
     Raises:
         RaydetError: something in the recipe, the data or the weights cannot work.
+        KeyboardInterrupt: it was interrupted.
     """
     settings = load_recipe(recipe, [*(_debug_overrides(recipe) if debug else ()), *overrides])
     if settings.name.endswith(_DEBUG):
@@ -107,18 +118,22 @@ def train(
         metrics = checkpoint.read_json(folder / _SUMMARY)["metrics"]
         return Result(folder, checkpoint.find(folder), metrics, finished_before=True)
 
+    (folder / STOP).unlink(missing_ok=True)
     RunLog(folder, echo=say).left_out(problems)
     resize = job.config.preprocessing.resize
     streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
     if debug:
         world = LocalWorld(job, *streams, device=pick_device(device))
         world.show_first_batch(say)
-        metrics = train_loop(job, world, RunLog(folder, echo=say))
+        ended = train_loop(job, world, RunLog(folder, echo=say))
     else:
-        metrics = _on_ray(_train_worker, job, streams, verbose, say)
+        table = LiveTable(settings.train.epochs, job.total_steps) if live else None
+        ended = _on_ray(_train_worker, job, streams, verbose, say, table)
+    if ended.interrupted:
+        raise KeyboardInterrupt
     best = checkpoint.find(folder)
-    (folder / _SUMMARY).write_text(json.dumps({"metrics": metrics, "best": best.name}, indent=1))
-    return Result(folder, best, metrics)
+    (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
+    return Result(folder, best, ended.metrics)
 
 
 def evaluate(
@@ -175,7 +190,8 @@ def evaluate(
         if debug:
             world = LocalWorld(job, *streams, device=pick_device(device))
             return evaluation_loop(job, world, RunLog(job.folder, echo=say))
-        return _on_ray(_evaluation_worker, job, streams, verbose, say)
+        metrics: dict[str, float] = _on_ray(_evaluation_worker, job, streams, verbose, say)
+        return metrics
 
 
 def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:
@@ -187,6 +203,7 @@ def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:
         f"train.batch_size={batch}",
         f"train.lr={settings.train.lr * batch / settings.train.batch_size}",
         "scale.num_workers=1",
+        "scale.async_validation=false",
         "track.log_every=1",
     ]
 
@@ -211,21 +228,16 @@ class LocalWorld:
         """See World."""
         return lambda: local_eval_batches(self._val, self._job.recipe.eval.batch_size)
 
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[Path | None]:
-        """See World. Debugging starts over each time."""
-        yield None
+    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
+        """See World. Nobody else watches."""
 
-    def report(self, metrics: dict[str, float], epoch: int, write: Callable[[Path], None]) -> None:
+    def beat(self) -> None:
+        """See World. A debugger may stop as long as it likes."""
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
         """See World."""
-        partial = Path(tempfile.mkdtemp(dir=self._folder, prefix=".partial"))
-        write(partial)
-        final = self._folder / _checkpoint_name(epoch)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-        keep = {final, checkpoint.find(self._folder)}
-        for folder in set(self._folder.glob("checkpoint_*")) - keep:
-            shutil.rmtree(folder)
+        assert self._train is not None
+        return [self._train.index.path(row) for row in rows]
 
     def show_first_batch(self, say: Callable[[str], Any]) -> None:
         """Print the shapes of the first batch and of what the model makes of it, and draw it with its boxes."""
@@ -255,7 +267,7 @@ class LocalWorld:
 class RayWorld:
     """A worker of a Ray Train run."""
 
-    def __init__(self, job: Job, sources: dict[str, Any], data_tasks: int | None):
+    def __init__(self, job: Job, sources: dict[str, Any], data_tasks: int | None, beat: Callable[[], None]):
         import ray
         import ray.train
         import ray.train.torch
@@ -264,7 +276,8 @@ class RayWorld:
         self.rank: int = context.get_world_rank()
         self.size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self._recipe = job.recipe
+        self._job = job
+        self.beat = beat
         self._sources = sources
         self._samples: dict[str, Samples] = {split: ray.get(source) for split, source in sources.items()}
         self._data_tasks = data_tasks
@@ -282,7 +295,7 @@ class RayWorld:
             self._samples["train"],
             start,
             stop,
-            self._recipe.train.batch_size // self.size,
+            self._job.batch_size(self.size) // self.size,
             self,
             tasks=self._data_tasks,
             pin_memory=self.device.type == "cuda",
@@ -293,50 +306,89 @@ class RayWorld:
         return eval_batches(
             self._sources["val"],
             self._samples["val"],
-            self._recipe.eval.batch_size,
+            self._job.recipe.eval.batch_size,
             self,
             tasks=self._data_tasks,
             pin_memory=self.device.type == "cuda",
         )
 
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[Path | None]:
+    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
         """See World."""
         import ray.train
 
-        latest = ray.train.get_checkpoint()
-        if latest is None:
-            yield None
+        if awaited is None:
+            ray.train.report(metrics)
             return
-        with latest.as_directory() as folder:
-            yield Path(folder)
+        # The checkpoint lies where it belongs. What Ray keeps, and gives to the validation, is its name.
+        with tempfile.TemporaryDirectory() as pointer:
+            Path(pointer, _POINTER).write_text(awaited.name)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(pointer), validation=True)
 
-    def report(self, metrics: dict[str, float], epoch: int, write: Callable[[Path], None]) -> None:
+    def paths(self, rows: Iterable[int]) -> list[str]:
         """See World."""
-        import ray.train
-
-        with tempfile.TemporaryDirectory() as folder:
-            kept = None
-            if self.rank == 0:
-                write(Path(folder))
-                kept = ray.train.Checkpoint.from_directory(folder)
-            # Ray asks every checkpoint for its score; -1 is COCO's way to say that nothing was measured.
-            metrics = {f"val/{MAIN_METRIC}": -1.0, **metrics}
-            ray.train.report(metrics, checkpoint=kept, checkpoint_dir_name=_checkpoint_name(epoch))
+        return [self._samples["train"].index.path(row) for row in rows]
 
 
-def _train_worker(given: dict[str, Any]) -> dict[str, float]:
+def _train_worker(given: dict[str, Any]) -> Ended:
     import ray
+    import ray.train
 
     job: Job = ray.get(given["job"])
-    return train_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), _worker_log(job))
+    log = _worker_log(job)
+    stacks = job.folder / f"hang_rank_{ray.train.get_context().get_world_rank()}.txt"
+    with Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say) as watchdog:
+        return train_loop(job, RayWorld(job, given["sources"], given["data_tasks"], watchdog.beat), log)
 
 
 def _evaluation_worker(given: dict[str, Any]) -> dict[str, float]:
     import ray
 
     job: Job = ray.get(given["job"])
-    return evaluation_loop(job, RayWorld(job, given["sources"], given["data_tasks"]), _worker_log(job))
+    world = RayWorld(job, given["sources"], given["data_tasks"], beat=lambda: None)
+    return evaluation_loop(job, world, _worker_log(job))
+
+
+class _Alone:
+    """The only rank of a validation that runs beside the training."""
+
+    rank, size = 0, 1
+
+    def share(self, value: Any) -> Any:
+        """See `raydet.data.stream.Ranks`."""
+        return value
+
+
+def _validate_elsewhere(pointer: Any, given: dict[str, Any]) -> dict[str, float]:
+    """Runs in a task of Ray Train's: validate a checkpoint, and leave the result in its folder for rank 0."""
+    import ray
+
+    job: Job = ray.get(given["job"])
+    with pointer.as_directory() as kept:
+        folder = job.folder / Path(kept, _POINTER).read_text()
+    began = time.monotonic()
+    result: dict[str, Any]
+    try:
+        content = checkpoint.read_json(folder / checkpoint.CONFIG)
+        device = pick_device(None)
+        model = checkpoint.load_model(folder, job.config, job.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batches = eval_batches(
+            given["sources"]["val"],
+            ray.get(given["sources"]["val"]),
+            job.recipe.eval.batch_size,
+            _Alone(),
+            tasks=given["data_tasks"],
+            pin_memory=device.type == "cuda",
+        )()
+        say = RunLog(job.folder).say
+        found = measure(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, device, say)
+        metrics = {f"val/{name}": value for name, value in found.items()}
+        result = {"metrics": metrics, "step": content["step"], "epoch": content["epoch"]}
+    except Exception as error:  # whatever it is, the training waits for an answer
+        metrics, result = {}, {"error": f"{type(error).__name__}: {user_error(error) or error}"}
+    partial = folder / f"{VALIDATED}.partial"
+    partial.write_text(json.dumps({**result, "seconds": time.monotonic() - began}))
+    partial.replace(folder / VALIDATED)
+    return metrics
 
 
 def _worker_log(job: Job) -> RunLog:
@@ -346,27 +398,33 @@ def _worker_log(job: Job) -> RunLog:
 
 
 def _on_ray(
-    worker: Callable[[dict[str, Any]], dict[str, float]],
+    worker: Callable[[dict[str, Any]], Any],
     job: Job,
     streams: tuple[Samples | None, Samples],
     verbose: bool,
     say: Callable[[str], Any],
-) -> dict[str, float]:
+    table: LiveTable | None = None,
+) -> Any:
     """Run a worker function on a Ray Train worker group; return what rank 0 returns."""
-    # Ray Train looks at its workers this often; a report of an epoch waits for the next look.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
     scale = job.recipe.scale
+    hang_s = int(60 * scale.hang_minutes)
+    # Ray Train looks at its workers this often; a report waits for the next look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    fewest, most = scale.workers
     started = connect(scale, verbose)
-    gpu, cpus = _resources(scale)
-    say(f"starting {scale.num_workers} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
     with contextlib.ExitStack() as stack:
         if started:
             stack.callback(ray.shutdown)
+        gpu, cpus = _resources(scale)
+        if job.recipe.train.sync_bn and not gpu and most > 1 and worker is _train_worker:
+            raise RaydetError("train.sync_bn: torch has norms over several workers on GPUs only; set it to false")
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        say(f"starting {count} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
         given = {
             "job": ray.put(job),
             "sources": {
@@ -376,36 +434,99 @@ def _on_ray(
             },
             "data_tasks": scale.data_tasks,
         }
-        stack.enter_context(_relay(job.folder / "log.txt", say))
+        # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
+        notes = job.folder / "ray"
+        shutil.rmtree(notes, ignore_errors=True)
+        stack.callback(shutil.rmtree, notes, ignore_errors=True)
+        stack.enter_context(follow(job.folder, say, table))
+        if table is not None:
+            stack.enter_context(table)
         trainer = TorchTrainer(
             worker,
             train_loop_config=given,
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=hang_s + 60),
             scaling_config=ScalingConfig(
-                num_workers=scale.num_workers, use_gpu=gpu, resources_per_worker={"CPU": cpus, "GPU": int(gpu)}
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus, "GPU": int(gpu)},
             ),
             run_config=RunConfig(
-                name=job.folder.name,
-                storage_path=str(job.folder.parent),
+                name=notes.name,
+                storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=job.recipe.track.keep_checkpoints,
-                    checkpoint_score_attribute=f"val/{MAIN_METRIC}",
-                ),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
                 callbacks=[_stop_on_user_error()],
             ),
+            validation_config=ValidationConfig(
+                fn=_validate_elsewhere,
+                task_config=ValidationTaskConfig(fn_kwargs={"given": given}),
+                ray_remote_kwargs={"num_cpus": cpus, "num_gpus": int(gpu)},
+            )
+            if scale.async_validation
+            else None,
         )
+        return _fit(trainer, job.folder / STOP, say)
+
+
+def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
+    """Wait for a Ray Train run, and return what rank 0 returns.
+
+    It runs in another thread: interrupted in the main thread, Ray would end the workers at once.
+
+    Args:
+        trainer: of the run.
+        stop: file that tells the workers to end after the step.
+        say: takes a line on that.
+    """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    ended: list[Any] = []
+
+    def run() -> None:
         try:
-            result = trainer.fit()
-        except TrainingFailedError as error:
-            raise user_error(error) or error from None
-    metrics: dict[str, float] = result.return_value
-    return metrics
+            ended.append(trainer.fit())
+        except BaseException as error:  # raised again below, whatever it is
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="raydet-fit", daemon=True)
+    with _interrupted_by_sigterm():
+        thread.start()
+        while thread.is_alive():
+            try:
+                thread.join(0.5)
+            except KeyboardInterrupt:
+                if stop.exists():
+                    raise
+                stop.touch()
+                say("stopping after this step, with a checkpoint; once more stops at once")
+    (result,) = ended
+    if isinstance(result, TrainingFailedError):
+        raise user_error(result) or result from None
+    if isinstance(result, BaseException):
+        raise result
+    return result.return_value
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, by which job servers and batch systems end a job, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _resources(scale: Scale) -> tuple[bool, int]:
-    """Return whether workers get GPUs, and how many CPUs each.
+    """Return whether workers get GPUs, and how many CPUs each; a validation beside them gets as much.
 
     Raises:
         RaydetError: the cluster is too small; Ray would wait for ever.
@@ -415,16 +536,16 @@ def _resources(scale: Scale) -> tuple[bool, int]:
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
     node = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-    gpu = gpus >= scale.num_workers if scale.gpu is None else scale.gpu
-    if gpu and gpus < scale.num_workers:
-        raise RaydetError(
-            f"scale.num_workers is {scale.num_workers}, but there are {gpus} GPUs; or set scale.gpu=false"
-        )
+    fewest, most = (count + scale.async_validation for count in scale.workers)
+    what = f"scale.num_workers is {scale.num_workers}{' and scale.async_validation true' * scale.async_validation}"
+    gpu = gpus >= fewest if scale.gpu is None else scale.gpu
+    if gpu and gpus < fewest:
+        raise RaydetError(f"{what}, but there are {gpus} GPUs; or set scale.gpu=false")
     spare = max(1, scale.data_tasks or 1)
-    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, (cpus - spare) // scale.num_workers)))
-    if scale.num_workers * each + 1 > cpus:
+    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, (cpus - spare) // most)))
+    if fewest * each + 1 > cpus:
         raise RaydetError(
-            f"{scale.num_workers} workers of {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "
+            f"{what}: {fewest} times {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "
             "lower scale.num_workers or scale.cpus_per_worker"
         )
     return gpu, each
@@ -441,36 +562,3 @@ def _stop_on_user_error() -> Any:
                     raise mine
 
     return StopOnUserError()
-
-
-@contextlib.contextmanager
-def _relay(path: Path, say: Callable[[str], Any]) -> Iterator[None]:
-    """Say the lines that the workers append to the run's log.txt."""
-    start = path.stat().st_size if path.exists() else 0
-    ended = threading.Event()
-
-    def follow() -> None:
-        position, rest = start, ""
-        while True:
-            last = ended.wait(0.5)
-            if path.exists():
-                with path.open() as file:
-                    file.seek(position)
-                    *lines, rest = (rest + file.read()).split("\n")
-                    position = file.tell()
-                for line in lines:
-                    say(line)
-            if last:
-                return
-
-    thread = threading.Thread(target=follow, name="raydet-log", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _checkpoint_name(epoch: int) -> str:
-    return f"checkpoint_{epoch:06d}"

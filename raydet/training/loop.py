@@ -3,110 +3,139 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
 from raydet.data.problems import Problems
-from raydet.losses.base import DetectionLoss, sum_over_ranks
-from raydet.metrics import MAIN_METRIC
+from raydet.losses.base import DetectionLoss
+from raydet.models import Preprocessing
 from raydet.training import checkpoint
+from raydet.training.checkpoint import Progress
 from raydet.training.evaluate import evaluate
-from raydet.training.optimization import EMA, Schedule, make_optimizer
-from raydet.training.run import Job, RunLog, World, noting_errors
+from raydet.training.keeper import Keeper
+from raydet.training.meter import Meter, opening, validation_line
+from raydet.training.optimization import EMA, Schedule, freeze, make_optimizer, train_mode
+from raydet.training.run import Job, RunLog, World, agreed, noting_errors
+from raydet.training.step import Step
 
 
-def train_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
-    """Train, from the beginning or from the checkpoint that the world gives; return the last validation's metrics."""
-    settings, recipe = job.recipe.train, job.recipe
+@dataclass(frozen=True)
+class Ended:
+    """How a worker loop ended.
+
+    Attributes:
+        metrics: of the last validation, by name.
+        interrupted: it was told to stop, and has kept a checkpoint to go on from.
+    """
+
+    metrics: dict[str, float]
+    interrupted: bool = False
+
+
+def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 - it reads top to bottom
+    """Train, from the beginning or from the last checkpoint in the run's folder.
+
+    Raises:
+        RaydetError: losses or gradients are not finite, a metric does not exist, or the last checkpoint cannot be kept.
+    """
+    recipe, settings = job.recipe, job.recipe.train
     device, leader = world.device, world.rank == 0
-    total = job.total_steps
+    batch_size = job.batch_size(world.size)
 
     model: nn.Module = job.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert job.criterion is not None
     criterion = job.criterion.to(device)
+    freeze(model, settings)
     optimizer = make_optimizer(model, settings)
-    schedule = Schedule.of(settings, total)
-    average = EMA(model, settings, total)
-    step = 0
-    metrics: dict[str, float] = {}
-    with world.checkpoint() as folder:
-        if folder is not None:
-            step, metrics = checkpoint.restore(folder, average.model, model, optimizer, device)
-    if leader:
-        log.resume(step)
-        for line in _opening(job, world, schedule, step):
-            log.say(line)
-    # Each rank's norms follow its own batches; `_broadcast_buffers` makes them one before they are used.
-    parallel = partial(DistributedDataParallel, broadcast_buffers=False, gradient_as_bucket_view=True)
-    network = parallel(model) if world.size > 1 else model
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    schedule = Schedule.of(settings, job.total_steps)
+    average = EMA(model, settings, job.total_steps)
+    if settings.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # of the same tensors: the average goes on following
+    step = Step(model, criterion, optimizer, settings, device, world.size)
     torch.backends.cudnn.benchmark = True
 
+    state = Progress()
+    metrics: dict[str, float] = {}
+    trained = {"optimizer": optimizer, "scaler": step.scaler}
+    folder, damaged = agreed(checkpoint.latest(job.folder) if leader else None)
+    if folder is not None:
+        state, metrics = checkpoint.restore(folder, average.model, model, trained, device)
+    keeper = Keeper(job, world, log, average.model, {"model": model, **trained})
+    keeper.begin(state, damaged)
+    if leader:
+        for line in opening(job, world, schedule, state):
+            log.say(line)
+
     val_batches = world.val_batches()
-    meter = Meter(criterion, job, step)
-    model.train()
-    stream = world.train_batches(step * settings.batch_size, total * settings.batch_size)
-    for batch in meter.waiting(noting_errors(stream, Problems(recipe.data.on_error, recipe.data.max_errors))):
-        # Whatever a model draws at random is a function of (seed, step, rank), so that a restart repeats it.
-        torch.manual_seed(hash((recipe.seed, step, world.rank)))
-        lr = schedule(step)
+    meter = Meter(criterion, job, state, device)
+    train_mode(model, settings)
+    ended = keeper.patience_is_over(state)
+    interrupted = False
+    left = 0 if ended else job.steps_left(state.position, batch_size)
+    stream = world.train_batches(state.position, state.position + left * batch_size)
+    for batch in meter.waiting(_noting(stream, job, world)):
+        # Whatever a model draws at random is a function of (seed, position, rank), so that a restart repeats it.
+        torch.manual_seed(hash((recipe.seed, state.position, world.rank)))
+        planned = state.position / settings.batch_size  # steps, of the recipe's batch size
+        lr = schedule(planned)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        images = job.config.preprocessing(batch.images.to(device, non_blocking=True))
-        images, targets = resized(images, batch.targets.to(device, non_blocking=True), job.multiscale(step))
+            group["lr"] = lr * group["factor"]
         if isinstance(criterion, DetectionLoss):
-            criterion.at_epoch(job.epoch_of(step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = network(images)
-        loss, components = criterion(outputs, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        average.update(step)
-
-        meter.update(loss.detach(), components, len(batch.images) * world.size)
-        epoch = job.epoch_of(step)
-        ends_epoch = epoch > job.epoch_of(step - 1) or step == total
-        if ends_epoch or step % recipe.track.log_every == 0:
-            numbers, text = meter.flush(step, lr)  # on all ranks: it asks them all
+            criterion.at_epoch(job.epoch_of(state.position), settings.epochs)
+        prepare = partial(_prepared, preprocessing=job.config.preprocessing, size=job.multiscale(int(planned)))
+        outcome = step(batch, prepare, keeper.asked(state))
+        interrupted, due, ended = outcome.asked
+        state.step += 1
+        state.position += batch_size
+        if outcome.finite:
+            average.update(state.position / settings.batch_size)
+            state.bad = 0
+        else:
+            keeper.skipped(state, outcome, batch)
+        meter.update(outcome, batch_size)
+        epoch = job.epoch_of(state.position)
+        ends_epoch = epoch > job.epoch_of(state.position - batch_size)
+        if ends_epoch or state.step % recipe.track.log_every == 0:
+            numbers, text = meter.flush(state, lr)  # on all ranks: it asks them all
             if leader:
-                log.metrics(step=step, epoch=epoch, **numbers)
+                log.metrics(step=state.step, epoch=epoch, **numbers)
                 log.say(text)
-        if not ends_epoch:
-            continue
+        if ends_epoch:
+            metrics = {}
+            validates = job.validates_after(state.position, batch_size)
+            if validates and not recipe.scale.async_validation:
+                metrics = agreed(
+                    _validate_average(average.model, val_batches, job, world, log, state, f"epoch {epoch}")
+                )
+                ended = keeper.judge(state, metrics)
+            kept = keeper.save(state, metrics, awaited=validates and recipe.scale.async_validation)
+            world.report({"step": state.step, "epoch": epoch, **metrics}, kept)
+        elif interrupted or due:
+            keeper.save(state, {})
+        if ends_epoch or due:
+            meter.pause()
+        if interrupted or ended:
+            break
 
-        metrics = {}
-        if job.validates_after(step):
-            began = time.monotonic()
-            _broadcast_buffers(average.model)
-            found = _validate(average.model, val_batches(), job, world, log)
-            metrics = {f"val/{name}": value for name, value in found.items()}
-            if leader:
-                seconds = time.monotonic() - began
-                log.metrics(step=step, epoch=epoch, **metrics, **{"perf/val_s": seconds})
-                log.say(_validation_line(epoch, metrics, seconds))
-
-        write = partial(
-            checkpoint.save,
-            config=job.config,
-            average=average.model,
-            online=model,
-            optimizer=optimizer,
-            step=step,
-            epoch=epoch,
-            metrics=metrics,
-        )
-        world.report({"step": step, "epoch": epoch, **metrics}, epoch, write)
-        meter.pause()
-    return metrics
+    if interrupted:
+        return Ended(metrics, interrupted=True)
+    metrics = keeper.wait_for_validations(state) or metrics
+    keeper.check_last(state)
+    best = agreed(checkpoint.ranked(job.folder)[: recipe.track.keep_checkpoints] if leader else None)
+    if recipe.track.average_best and len(best) > 1:
+        checkpoint.average_weights(average.model, best)
+        what = f"the average of the best {len(best)}"
+        found = _validate_average(average.model, val_batches, job, world, log, state, what)
+        keeper.save_average(state, found)
+    return Ended(metrics)
 
 
 def resized(images: Tensor, targets: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -126,119 +155,45 @@ def evaluation_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
     return _validate(model, world.val_batches()(), job, world, log)
 
 
+def _prepared(
+    images: Tensor, targets: Tensor, preprocessing: Preprocessing, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    return resized(preprocessing(images), targets, size)
+
+
+def _noting(batches: Iterator[Batch], job: Job, world: World) -> Iterator[Batch]:
+    return noting_errors(batches, Problems(job.recipe.data.on_error, job.recipe.data.max_errors), world.beat)
+
+
 def _validate(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> dict[str, float]:
-    say = log.say if world.rank == 0 else lambda text: None
-    batches = noting_errors(batches, Problems(job.recipe.data.on_error, job.recipe.data.max_errors))
+    say = log.say if world.rank == 0 else _nothing
+    batches = _noting(batches, job, world)
     return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say)
 
 
-class Meter:
-    """Loss components, speed and waiting since the last progress line."""
-
-    def __init__(self, criterion: nn.Module, job: Job, step: int):
-        self._names: tuple[str, ...] = criterion.component_names  # type: ignore[assignment]
-        self._prefix = f"train/{type(criterion).__name__}"
-        self._job = job
-        self._begin_step = step
-        self._began = time.monotonic()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sum: Tensor | None = None  # of the loss and its components
-        self._steps = self._images = 0
-        self._waited = 0.0
-        self._since = time.monotonic()
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass the batches on and measure how long they are waited for; the first is not counted."""
-        first = True
-        while True:
-            began = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if first:
-                self._began = self._since = time.monotonic()
-                first = False
-            else:
-                self._waited += time.monotonic() - began
-            yield batch
-
-    def update(self, loss: Tensor, components: Tensor, images: int) -> None:
-        """Count a step; nothing is read back from the device."""
-        values = torch.cat((loss.view(1), components))
-        self._sum = values if self._sum is None else self._sum + values
-        self._steps += 1
-        self._images += images
-
-    def pause(self) -> None:
-        """Leave out the time since the last line: it was not training."""
-        self._since = time.monotonic()
-
-    def flush(self, step: int, lr: float) -> tuple[dict[str, float], str]:
-        """Return the means over all steps since the last call and all ranks, as metrics and as a line of text."""
-        assert self._sum is not None
-        # A rank's loss is its own share, and so may be the components of a user's loss.
-        total, ranks = sum_over_ranks(self._sum)
-        loss, *means = (total / (ranks * self._steps)).tolist()
-        values = dict(zip(self._names, means, strict=True))
-        for name in ("Loss", "loss"):  # what the families call the sum
-            values.pop(name, None)
-        seconds = time.monotonic() - self._since
-        speed, wait = self._images / seconds, self._waited / seconds
-        self._reset()
-        elapsed = time.monotonic() - self._began  # validations included, as more of them will come
-        left = elapsed / (step - self._begin_step) * (self._job.total_steps - step)
-        epoch = step * self._job.recipe.train.batch_size / self._job.train_images
-        numbers: dict[str, float] = {
-            "train/loss": loss,
-            **{f"{self._prefix}/{name}": value for name, value in values.items()},
-            "train/lr": lr,
-            "perf/images_per_s": speed,
-            "perf/data_wait": wait,
-        }
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        text = (
-            f"epoch {min(epoch, self._job.recipe.train.epochs):.2f}/{self._job.recipe.train.epochs}  "
-            f"step {step}/{self._job.total_steps}  loss {loss:.3f} ({shown})  lr {lr:.5f}  "
-            f"{speed:.1f} images/s  {wait:.0%} waiting for data  ETA {_clock(left)}"
-        )
-        return numbers, text
+def _validate_average(
+    model: nn.Module,
+    val_batches: Callable[[], Iterator[Batch]],
+    job: Job,
+    world: World,
+    log: RunLog,
+    state: Progress,
+    what: str,
+) -> dict[str, float]:
+    """Validate the moving average, or an average of checkpoints; log and return its metrics, on rank 0."""
+    began = time.monotonic()
+    _broadcast_buffers(model)
+    metrics = {f"val/{name}": value for name, value in _validate(model, val_batches(), job, world, log).items()}
+    if world.rank == 0:
+        seconds = time.monotonic() - began
+        log.say(validation_line(what, metrics, seconds))
+        if what.startswith("epoch"):
+            log.metrics(step=state.step, epoch=job.epoch_of(state.position), **metrics, **{"perf/val_s": seconds})
+    return metrics
 
 
-def _opening(job: Job, world: World, schedule: Schedule, step: int) -> Iterator[str]:
-    settings = job.recipe.train
-    parameters = sum(p.numel() for p in job.model.parameters())
-    yield (
-        f"{job.config.model or type(job.model).__name__}: {parameters / 1e6:.2f} M parameters, "
-        f"{len(job.config.class_names)} classes, {job.config.image_size[0]}x{job.config.image_size[1]} px; "
-        f"{job.train_images} training and {len(job.val_index)} validation images"
-    )
-    yield (
-        f"{settings.epochs} epochs, {job.total_steps} steps of {settings.batch_size} images: "
-        f"{world.size} worker(s) on {world.device.type}"
-    )
-    per_epoch = job.total_steps / settings.epochs
-    for what, steps, wanted in (
-        ("warm-up", schedule.warmup, settings.warmup_steps / per_epoch or settings.warmup_epochs),
-        ("cooldown", schedule.cooldown, settings.cooldown_epochs),
-    ):
-        if steps < round(wanted * per_epoch):
-            yield f"the {what} of {wanted:g} epochs is too long for this run: shortened to {steps / per_epoch:.2f}"
-    if settings.batch_size > job.train_images:
-        yield f"a step takes {settings.batch_size} images, but there are {job.train_images}: lower train.batch_size"
-    if settings.epochs <= job.recipe.augment.close_epochs:
-        yield "augment.close_epochs covers the whole run: it is without mosaic, affine and mixup"
-    if job.config.licence:
-        yield f"weights: {job.recipe.model.weights}; licence: {job.config.licence}"
-    if step:
-        yield f"resumed after step {step}"
-
-
-def _validation_line(epoch: int, metrics: dict[str, float], seconds: float) -> str:
-    names = (MAIN_METRIC, "mAP@0.50", "mAP@0.75")
-    shown = "  ".join(f"{name} {metrics.get(f'val/{name}', 0.0):.4f}" for name in names)
-    return f"epoch {epoch} validated in {seconds:.1f} s: {shown}"
+def _nothing(text: str) -> Any:
+    """Say nothing: only rank 0 does."""
 
 
 def _broadcast_buffers(model: nn.Module) -> None:
@@ -246,9 +201,3 @@ def _broadcast_buffers(model: nn.Module) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -4,39 +4,87 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from raydet.errors import RaydetError
 from raydet.recipe import Train
+
+PARTS = ("backbone", "neck", "head")
+
+
+def freeze(model: nn.Module, settings: Train) -> None:
+    """Stop the gradients of the parts whose learning rate is 0.
+
+    Raises:
+        RaydetError: the model has no such parts, or nothing is left to train.
+    """
+    for part in _frozen(model, settings):
+        part.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RaydetError("train.backbone_lr, neck_lr and head_lr: all are 0, so that there is nothing to train")
+
+
+def train_mode(model: nn.Module, settings: Train) -> None:
+    """Set the model to training, but for the norms of frozen parts, which keep their statistics."""
+    model.train()
+    for part in _frozen(model, settings):
+        for module in part.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
 
 
 def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """SGD with Nesterov's momentum, or AdamW; biases and norms (all that has one dimension) may go without decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "weight_decay": settings.weight_decay if settings.decay_all else 0.0,
-        },
-    ]
+    """SGD with Nesterov's momentum, or AdamW; biases and norms (all that has one dimension) may go without decay.
+
+    Each group has the `factor` of its part on the learning rate.
+
+    Raises:
+        RaydetError: the recipe has learning rates of parts, but the model has no such parts.
+    """
+    factors = _factors(model, settings)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if settings.decay_all or parameter.ndim > 1 else 0.0
+            groups.setdefault((factors.get(name.partition(".")[0], 1.0), decay), []).append(parameter)
+    given = [{"params": group, "factor": factor, "weight_decay": decay} for (factor, decay), group in groups.items()]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+        return torch.optim.AdamW(given, lr=settings.lr)
+    return torch.optim.SGD(given, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def _factors(model: nn.Module, settings: Train) -> dict[str, float]:
+    factors = {part: getattr(settings, f"{part}_lr") for part in PARTS}
+    for part, factor in factors.items():
+        if factor != 1 and not isinstance(getattr(model, part, None), nn.Module):
+            raise RaydetError(f"train.{part}_lr is {factor}, but {type(model).__name__} has no part named {part}")
+    return factors
+
+
+def _frozen(model: nn.Module, settings: Train) -> Iterator[nn.Module]:
+    return (getattr(model, part) for part, factor in _factors(model, settings).items() if not factor)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: a linear warm-up, half a cosine, a constant cooldown; all numbers in steps.
+    """Learning rate by step: a linear warm-up, a cosine, steps or a constant, a constant cooldown.
+
+    All numbers are in steps.
 
     Attributes:
         total: steps of the run.
         warmup: the rate rises from lr / warmup to lr.
-        cooldown: at the end the rate is final · lr.
+        cooldown: at the end the rate is final · lr, or what it was before if that is lower.
         lr: highest rate.
         final: lowest rate, as a share of it.
+        kind: of the rate between warm-up and cooldown.
+        milestones: of the kind "step": from each on the rate is `gamma` times what it was.
+        gamma: see there.
     """
 
     total: int
@@ -44,6 +92,9 @@ class Schedule:
     cooldown: int
     lr: float
     final: float
+    kind: str = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
 
     @classmethod
     def of(cls, settings: Train, total: int) -> Schedule:
@@ -54,16 +105,22 @@ class Schedule:
         if warmup + cooldown > total:
             shrink = total / 2 / (warmup + cooldown)
             warmup, cooldown = warmup * shrink, cooldown * shrink
-        return cls(total, round(warmup), round(cooldown), settings.lr, settings.final_lr)
+        milestones = tuple(epoch * per_epoch for epoch in settings.lr_milestones)
+        kind, lr, final = settings.schedule, settings.lr, settings.final_lr
+        return cls(total, round(warmup), round(cooldown), lr, final, kind, milestones, settings.lr_gamma)
 
-    def __call__(self, step: int) -> float:
-        """Return the learning rate of a step, the first being 0."""
+    def __call__(self, step: float) -> float:
+        """Return the learning rate of a step, the first being 0; a fraction, where steps are smaller than planned."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        if step >= self.total - self.cooldown:
-            return self.lr * self.final
-        done = (step - self.warmup) / (self.total - self.warmup - self.cooldown)
-        return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
+        end = self.total - self.cooldown
+        if self.kind == "cosine":
+            done = min((step - self.warmup) / max(end - self.warmup, 1e-9), 1.0)
+            return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
+        rate = self.lr
+        if self.kind == "step":
+            rate *= self.gamma ** sum(step >= milestone for milestone in self.milestones)
+        return min(rate, self.lr * self.final) if step >= end else rate
 
 
 class EMA:
@@ -81,13 +138,13 @@ class EMA:
         self._counters = [(ours, theirs) for ours, theirs in pairs if not ours.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights as they are after `step` steps."""
+    def update(self, step: float) -> None:
+        """Take in the weights as they are after `step` steps; a fraction, where steps are smaller than planned."""
         torch._foreach_lerp_(self._ours, self._theirs, 1 - self._decay(step))
         for ours, theirs in self._counters:
             ours.copy_(theirs)
 
-    def _decay(self, step: int) -> float:
+    def _decay(self, step: float) -> float:
         decay = self._settings.ema_decay
         if self._settings.ema_rise == "exp":
             return decay * (1 - math.exp(-self._settings.ema_ramp * step / self._total))

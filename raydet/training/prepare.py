@@ -28,7 +28,8 @@ from raydet.data.transforms import (
     Transform,
     VerticalFlip,
 )
-from raydet.errors import RaydetError
+from raydet.errors import RaydetError, did_you_mean
+from raydet.metrics import metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
@@ -223,9 +224,18 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
     for split, index in (("training", train_index), ("validation", val_index)):
         if not index.num_boxes:
             raise RaydetError(f"the {split} data has no objects in its {len(index)} images")
-    batch, workers = recipe.train.batch_size, recipe.scale.num_workers
-    if batch % workers:
-        raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {workers} equally")
+    batch, (fewest, most) = recipe.train.batch_size, recipe.scale.workers
+    if batch < most:
+        raise RaydetError(f"train.batch_size {batch} is less than an image for each of scale.num_workers {most}")
+    if batch % most and fewest == most:
+        raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {most} equally")
+    if recipe.eval.watch not in (names := metric_names(val_index)):
+        raise RaydetError(f"eval.watch: there is no metric {recipe.eval.watch}{did_you_mean(recipe.eval.watch, names)}")
+    if recipe.train.micro_batch_size is not None and getattr(recipe.loss, "obj_loss_fix", False):
+        raise RaydetError(
+            "train.micro_batch_size: with loss.obj_loss_fix the terms of the loss have different divisors, so that "
+            "parts of a batch cannot be added up; set one of the two to null or false"
+        )
 
 
 def _weights(text: str) -> str | Path:

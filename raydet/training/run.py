@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raydet.data.batch import Batch
@@ -22,6 +22,8 @@ from raydet.recipe import Recipe
 from raydet.training.checkpoint import Config
 
 logger = logging.getLogger(__name__)
+
+STOP = "stop"  # a file of this name in the folder of a run ends it after the step, with a checkpoint
 
 # Random numbers of the sizes never share a seed with those of the samples.
 _SIZES = 3
@@ -51,13 +53,20 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the run."""
-        return -(-self.recipe.train.epochs * self.train_images // self.recipe.train.batch_size)
+        """Steps of the run, all of the recipe's batch size."""
+        return self.steps_left(0, self.recipe.train.batch_size)
 
-    def epoch_of(self, step: int) -> int:
-        """Epochs that are complete when `step` steps are done."""
-        done = step * self.recipe.train.batch_size // self.train_images
-        return min(done, self.recipe.train.epochs)
+    def batch_size(self, ranks: int) -> int:
+        """Images of a step: the recipe's, or the next lower number that the ranks can share equally."""
+        return self.recipe.train.batch_size // ranks * ranks
+
+    def steps_left(self, position: int, batch_size: int) -> int:
+        """Steps from a position to the end of the run; the last may go beyond it."""
+        return max(0, -(-(self.recipe.train.epochs * self.train_images - position) // batch_size))
+
+    def epoch_of(self, position: int) -> int:
+        """Epochs that are complete when so many samples are done."""
+        return min(position // self.train_images, self.recipe.train.epochs)
 
     def multiscale(self, step: int) -> tuple[int, int]:
         """Return (height, width) of the images that a step trains on: the same on every rank, and after a restart."""
@@ -71,10 +80,10 @@ class Job:
         longer = 32 * int(drawn.integers(low // 32, high // 32 + 1))
         return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
 
-    def validates_after(self, step: int) -> bool:
-        """Is a validation due when `step` steps are done? A step may span several epochs of a small data set."""
-        every = self.recipe.eval.every
-        return step == self.total_steps or self.epoch_of(step) // every > self.epoch_of(step - 1) // every
+    def validates_after(self, position: int, batch_size: int) -> bool:
+        """Is a validation due after the step that ends here? A step may span several epochs of a small data set."""
+        every, epoch = self.recipe.eval.every, self.epoch_of(position)
+        return epoch == self.recipe.train.epochs or epoch // every > self.epoch_of(position - batch_size) // every
 
 
 class World(Protocol):
@@ -92,17 +101,30 @@ class World(Protocol):
         """Return what yields this rank's share of the validation images, each time it is called."""
         ...
 
-    def checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Give the folder of the checkpoint to resume from."""
+    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
+        """Report metrics to who watches, and have the checkpoint that `awaited` is validated; all ranks call it."""
         ...
 
-    def report(self, metrics: dict[str, float], epoch: int, write: Callable[[Path], None]) -> None:
-        """Keep a checkpoint that `write` writes, and report the metrics; all ranks call it."""
+    def beat(self) -> None:
+        """Give a sign of life."""
+        ...
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """Return the paths of training images by their rows in the index."""
         ...
 
 
-def noting_errors(batches: Iterator[Batch], problems: Problems) -> Iterator[Batch]:
-    """Pass batches on, and warn once of each image that was left out of them.
+def agreed(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[], Any]) -> Iterator[Batch]:
+    """Pass batches on with a sign of life for each, and warn once of each image that was left out of them.
 
     Raises:
         RaydetError: there are too many.
@@ -112,6 +134,7 @@ def noting_errors(batches: Iterator[Batch], problems: Problems) -> Iterator[Batc
             if error not in problems.messages:
                 logger.warning("left out: %s", error)
                 problems.add(error)
+        beat()
         yield batch
 
 

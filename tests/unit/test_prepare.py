@@ -76,10 +76,41 @@ def test_validations_are_due_every_so_many_epochs_even_where_a_step_is_longer(
     job, images, batch_size, every, epochs, expected
 ):
     mine = job(f"train.batch_size={batch_size}", f"eval.every={every}", f"train.epochs={epochs}", head=images)
-    due = [step for step in range(1, mine.total_steps + 1) if mine.validates_after(step)]
+    positions = range(batch_size, mine.total_steps * batch_size + 1, batch_size)
+    due = [position for position in positions if mine.validates_after(position, batch_size)]
     assert len(due) == len(expected)
-    for step, epoch in zip(due, expected, strict=True):
-        assert epoch <= mine.epoch_of(step) <= epoch + batch_size / images
+    for position, epoch in zip(due, expected, strict=True):
+        assert epoch <= mine.epoch_of(position) <= epoch + batch_size / images
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "left"), [(1, 8, 10), (2, 8, 10), (3, 6, 14), (5, 5, 16), (8, 8, 10)]
+)
+def test_ranks_that_cannot_share_the_batch_get_the_next_smaller_one_and_more_steps(job, ranks, batch_size, left):
+    mine = job()
+    assert mine.total_steps == 10
+    assert mine.batch_size(ranks) == batch_size
+    assert mine.steps_left(0, batch_size) == left
+    assert mine.steps_left(79, batch_size) == 1
+    assert mine.steps_left(80, batch_size) == mine.steps_left(83, batch_size) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["scale.num_workers=3"], "train.batch_size 8 cannot be shared by scale.num_workers 3 equally"),
+        (["scale.num_workers=[1, 9]"], "train.batch_size 8 is less than an image for each of scale.num_workers 9"),
+        (["eval.watch=mAP@50"], r"eval.watch: there is no metric mAP@50; did you mean mAP@0.50\?"),
+        (["train.micro_batch_size=4", "loss.obj_loss_fix=true"], "train.micro_batch_size: with loss.obj_loss_fix"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(job, overrides, message):
+    with pytest.raises(RaydetError, match=message):
+        job(*overrides)
+
+
+def test_elastic_workers_need_not_share_the_batch_equally(job):
+    assert job("scale.num_workers=[1, 3]").recipe.scale.workers == (1, 3)
 
 
 @pytest.mark.parametrize("every", [1, 5])

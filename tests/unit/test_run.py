@@ -59,11 +59,13 @@ def test_an_image_left_out_is_named_once_and_too_many_stop(caplog):
         nothing = torch.empty(0)
         return Batch(nothing, nothing, nothing, nothing, errors)
 
+    beats = []
     batches = [batch(), batch("a.jpg: broken"), batch("a.jpg: broken", "b.jpg: broken")]
-    assert list(noting_errors(iter(batches), Problems("skip", 2))) == batches
+    assert list(noting_errors(iter(batches), Problems("skip", 2), lambda: beats.append(1))) == batches
+    assert len(beats) == 3
     assert caplog.messages == ["left out: a.jpg: broken", "left out: b.jpg: broken"]
     with pytest.raises(RaydetError, match=r"more than data.max_errors = 1 .* b.jpg: broken"):
-        list(noting_errors(iter(batches), Problems("skip", 1)))
+        list(noting_errors(iter(batches), Problems("skip", 1), lambda: None))
 
 
 def test_records_left_out_are_listed(tmp_path):

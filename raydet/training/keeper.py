@@ -1,0 +1,221 @@
+"""What a training keeps: checkpoints when they are due, batches that went wrong, validations that ran elsewhere.
+
+All ranks have one; rank 0's does the work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydet.data.batch import Batch
+from raydet.errors import RaydetError
+from raydet.training import checkpoint
+from raydet.training.checkpoint import Progress
+from raydet.training.meter import validation_line
+from raydet.training.run import STOP, Job, RunLog, World, agreed
+from raydet.training.step import Outcome
+
+VALIDATED = "validation.json"
+_LOOK_EVERY_S = 1.0
+_WAIT_SAID_EVERY_S = 30.0
+
+
+class Keeper:
+    """Writes a run's checkpoints and knows when one is due, when the training ends early, and why.
+
+    Args:
+        job: the training.
+        world: what surrounds it.
+        log: of the run.
+        average: the weights that checkpoints are of.
+        trained: what else has a state that the training goes on from, by name.
+    """
+
+    def __init__(self, job: Job, world: World, log: RunLog, average: nn.Module, trained: Mapping[str, Any]):
+        self._job, self._world, self._log = job, world, log
+        self._average, self._trained = average, trained
+        self._leader = world.rank == 0
+        self._bad_batches = job.folder / "not_finite"
+        self._looked = self._saved = time.monotonic()
+        self._told = self._over = False
+        self._awaited: list[Path] = []
+        self._metrics: dict[str, float] = {}  # of the last validation that ran elsewhere
+
+    def begin(self, state: Progress, damaged: list[str]) -> None:
+        """Say which checkpoints cannot be used, drop what will be logged again, and take up awaited validations."""
+        awaited: list[Path] = []
+        if self._leader:
+            for problem in damaged:
+                self._log.say(f"warning: {problem}; going on from the one before it")
+            self._log.resume(state.step)
+            awaited = checkpoint.awaited(self._job.folder)
+        for folder in agreed(awaited):
+            self._awaited.append(folder)
+            self._world.report({"step": state.step}, folder)
+
+    def asked(self, state: Progress) -> tuple[bool, bool, bool]:
+        """Return rank 0's flags: stop after this step, keep a checkpoint then, end as it gets no better."""
+        track = self._job.recipe.track
+        due = track.checkpoint_steps is not None and (state.step + 1) % track.checkpoint_steps == 0
+        if not self._leader:
+            return False, due, False
+        now = time.monotonic()
+        due = due or (track.checkpoint_minutes is not None and now - self._saved > 60 * track.checkpoint_minutes)
+        if now - self._looked > _LOOK_EVERY_S:
+            self._looked = now
+            self._told = (self._job.folder / STOP).exists()
+            self._collect(state)
+        return self._told, due, self._over
+
+    def judge(self, state: Progress, metrics: Mapping[str, float]) -> bool:
+        """Take note of a validation's metrics; return whether the training is to end, as it gets no better.
+
+        Raises:
+            RaydetError: the metric to watch is not among them.
+        """
+        watch, min_delta = self._job.recipe.eval.watch, self._job.recipe.eval.min_delta
+        value = metrics.get(f"val/{watch}")
+        if value is None:
+            raise RaydetError(f"eval.watch: the validation data gives no {watch}, only {', '.join(metrics)}")
+        if value > state.best + min_delta or state.best < 0:
+            state.best, state.stale = value, 0
+        else:
+            state.stale += 1
+        over = self.patience_is_over(state)
+        if over and self._leader:
+            self._log.say(f"{watch} has not been better than {state.best:.4f} in {state.stale} validations: the end")
+        return over
+
+    def patience_is_over(self, state: Progress) -> bool:
+        """Has it not become better for too long?"""
+        patience = self._job.recipe.eval.patience
+        return patience is not None and state.stale >= patience
+
+    def save(self, state: Progress, metrics: Mapping[str, float], awaited: bool = False) -> Path | None:
+        """Keep a checkpoint; return its folder on rank 0 if its validation is awaited.
+
+        A disk that is full costs this checkpoint, not the training: the ones before it stay.
+        """
+        self._saved = time.monotonic()
+        if not self._leader:
+            return None
+        epoch = self._job.epoch_of(state.position)
+        ends_epoch = epoch > self._job.epoch_of(state.position - self._job.batch_size(self._world.size))
+        name = f"checkpoint_{epoch:06d}" + ("" if ends_epoch else f"_{state.step:08d}")
+        trained = {name: part.state_dict() for name, part in self._trained.items()}
+        folder = self._job.folder / name
+        packed = checkpoint.pack(self._job.config, self._average, trained, state, epoch, metrics, awaited)
+        try:
+            checkpoint.write(folder, packed)
+        except OSError as error:
+            size = sum(map(len, packed.values())) / 1e6
+            self._log.say(
+                f"warning: {name} ({size:.0f} MB) cannot be kept: {error.strerror}. The checkpoints before it stay; "
+                f"free the disk of {self._job.folder}"
+            )
+            return None
+        checkpoint.prune(self._job.folder, self._job.recipe.track.keep_checkpoints)
+        if not ends_epoch:
+            self._log.say(f"checkpoint: {name}")
+        if awaited:
+            self._awaited.append(folder)
+        return folder if awaited else None
+
+    def check_last(self, state: Progress) -> None:
+        """Make sure that the end of the training is kept.
+
+        Raises:
+            RaydetError: it is not.
+        """
+        if not self._leader:
+            return
+        last, _ = checkpoint.latest(self._job.folder)
+        if last is None or checkpoint.position(last) < state.position:
+            raise RaydetError(
+                f"{self._job.folder}: the last checkpoint could not be kept; free the disk and run the same command "
+                f"again: it goes on from {last.name if last else 'the beginning'}"
+            )
+
+    def save_average(self, state: Progress, metrics: Mapping[str, float]) -> None:
+        """Keep the average of the best checkpoints, which the model holds, as a checkpoint of its own."""
+        if not self._leader:
+            return
+        epoch = self._job.epoch_of(state.position)
+        shown = {f"average/{name.removeprefix('val/')}": value for name, value in metrics.items()}
+        self._log.metrics(step=state.step, epoch=epoch, **shown)
+        packed = checkpoint.pack(self._job.config, self._average, None, state, epoch, metrics)
+        try:
+            checkpoint.write(self._job.folder / checkpoint.AVERAGE, packed)
+        except OSError as error:
+            self._log.say(f"warning: {checkpoint.AVERAGE} cannot be kept: {error.strerror}")
+
+    def skipped(self, state: Progress, outcome: Outcome, batch: Batch) -> None:
+        """Take note of a step that was skipped.
+
+        Raises:
+            RaydetError: too many in a row were.
+        """
+        if outcome.overflow:
+            return
+        state.bad += 1
+        if outcome.suspect:
+            self._keep_batch(state, batch)
+        if state.bad >= self._job.recipe.train.max_bad_steps:
+            raise RaydetError(
+                f"the loss or its gradient was not finite in {state.bad} steps in a row, the last being {state.step}: "
+                f"log.txt names their images, {self._bad_batches} holds them; lower train.lr, set "
+                "train.clip_grad_norm, or train.precision=fp32"
+            )
+
+    def _keep_batch(self, state: Progress, batch: Batch) -> None:
+        """Keep this rank's batch, whose loss or gradient was not finite, and name its images."""
+        paths = self._world.paths(batch.rows.tolist())
+        path = self._bad_batches / f"step_{state.step:08d}_rank_{self._world.rank}.pt"
+        kept = {"images": batch.images, "targets": batch.targets, "positions": batch.positions, "paths": paths}
+        where = f"the batch is {path}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            torch.save(kept, path)
+        except (OSError, RuntimeError) as error:
+            where = f"the batch could not be kept: {error}"
+        self._log.say(
+            f"warning: step {state.step}: the loss or its gradient is not finite; the step is skipped. Images of rank "
+            f"{self._world.rank}: {', '.join(paths)}; {where}"
+        )
+
+    def wait_for_validations(self, state: Progress) -> dict[str, float]:
+        """Wait for the validations that run elsewhere; return the last one's metrics on every rank."""
+        said = time.monotonic()
+        while agreed(bool(self._awaited)):
+            self._world.beat()
+            if self._leader:
+                self._collect(state)
+                if self._awaited and time.monotonic() - said > _WAIT_SAID_EVERY_S:
+                    said = time.monotonic()
+                    self._log.say(f"waiting for the validation of {', '.join(path.name for path in self._awaited)}")
+            time.sleep(0.2)
+        return agreed(self._metrics)  # type: ignore[no-any-return]
+
+    def _collect(self, state: Progress) -> None:
+        """Take over the results of validations that have ended."""
+        for folder in [folder for folder in self._awaited if (folder / VALIDATED).exists()]:
+            self._awaited.remove(folder)
+            found = checkpoint.read_json(folder / VALIDATED)
+            if "error" in found:
+                self._log.say(f"warning: the validation of {folder.name} failed: {found['error']}")
+                checkpoint.set_metrics(folder, {})
+                continue
+            metrics: dict[str, float] = found["metrics"]
+            self._metrics = metrics
+            self._log.metrics(step=found["step"], epoch=found["epoch"], **metrics, **{"perf/val_s": found["seconds"]})
+            self._log.say(validation_line(f"epoch {found['epoch']}", metrics, found["seconds"]))
+            checkpoint.set_metrics(folder, metrics)
+            (folder / VALIDATED).unlink()
+            self._over = self.judge(state, metrics)
+            checkpoint.prune(self._job.folder, self._job.recipe.track.keep_checkpoints)

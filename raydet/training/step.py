@@ -1,0 +1,167 @@
+"""One update of the weights: parts of a batch forward and backward, one division, and a look before the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydet.data.batch import Batch
+from raydet.losses.base import DetectionLoss, PartialLoss
+from raydet.recipe import Train
+
+Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step; the same on every rank, but for the loss, whose mean over the ranks is what it says.
+
+    Attributes:
+        loss: [] detached.
+        components: [K] detached.
+        grad_norm: of all gradients as one vector, before clipping.
+        finite: else the weights are as they were.
+        overflow: not finite only because half precision was scaled too far, which has been lowered.
+        suspect: not finite, and this rank's batch may be why: its loss is not, or the gradient only.
+        asked: the flags of rank 0.
+    """
+
+    loss: Tensor
+    components: Tensor
+    grad_norm: float
+    finite: bool
+    overflow: bool
+    suspect: bool
+    asked: tuple[bool, ...]
+
+
+class Step:
+    """Makes the steps of a training on one rank.
+
+    Args:
+        model: what is trained, on the device.
+        criterion: the loss.
+        optimizer: of its weights.
+        settings: of the recipe.
+        device: where the model is.
+        ranks: that train it together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Train,
+        device: torch.device,
+        ranks: int,
+    ):
+        self._criterion, self._optimizer = criterion, optimizer
+        # Each rank's norms follow its own batches; the loop makes them one before they are used.
+        self._parallel = (
+            DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if ranks > 1 else None
+        )
+        self._network: Callable[[Tensor], object] = self._parallel or model
+        if settings.compile:
+            self._network = torch.compile(self._network)
+        self._settings, self._device = settings, device
+        self._precision = _precision(settings, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == torch.float16)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self._kept = [b.clone() for b in self._buffers]
+        # Of a loss that overrides `forward` only the mean over its parts is known.
+        whole = isinstance(criterion, DetectionLoss) and type(criterion).forward is DetectionLoss.forward
+        self._adds_up = whole and settings.micro_batch_size is not None
+
+    def __call__(self, batch: Batch, prepare: Prepare, asked: tuple[bool, ...] = ()) -> Outcome:
+        """Train on a batch.
+
+        Args:
+            batch: this rank's, on the CPU.
+            prepare: makes the model's input of images [B, 3, H, W] uint8 and targets [N, 6] on the device.
+            asked: flags that all ranks shall know of rank 0.
+        """
+        torch._foreach_copy_(self._kept, self._buffers)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, components, scale = self._backward(list(self._parts(batch)), prepare)
+        self.scaler.unscale_(self._optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if scale is not None:
+            torch._foreach_mul_(gradients, scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+
+        mine = (~torch.isfinite(loss)).float().view(1)
+        flags = torch.cat((mine, torch.tensor([float(flag) for flag in asked], device=self._device)))
+        if self._parallel is not None:
+            dist.all_reduce(flags)
+        # The only time that a step waits for the device.
+        grad_norm, bad_here, bad, *told = torch.cat((norm.float().view(1), mine, flags)).tolist()
+        finite = not bad and math.isfinite(grad_norm)
+        overflow = not finite and not bad and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if finite:
+            if self._settings.clip_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.clip_grad_norm, norm)
+            self.scaler.step(self._optimizer)
+        else:
+            torch._foreach_copy_(self._buffers, self._kept)  # norms have seen what was not finite
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        suspect = not finite and not overflow and bool(bad_here or not bad)
+        return Outcome(loss, components, grad_norm, finite, overflow, suspect, tuple(flag > 0 for flag in told))
+
+    def _backward(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss, its components, and what the gradients are still to be multiplied by."""
+        images = sum(len(part) for part, _ in parts)
+        total = PartialLoss(self._criterion) if self._adds_up else None  # type: ignore[arg-type]
+        sums: list[tuple[Tensor, Tensor]] = []
+        for number, (pixels, boxes) in enumerate(parts, start=1):
+            inputs, targets = prepare(
+                pixels.to(self._device, non_blocking=True), boxes.to(self._device, non_blocking=True)
+            )
+            with self._together(number == len(parts)):
+                half = self._precision != torch.float32
+                with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
+                    outputs = self._network(inputs)
+                if total is not None:
+                    loss = total.add(outputs, targets)
+                else:
+                    loss, components = self._criterion(outputs, targets)
+                    share = len(pixels) / images
+                    loss = loss * share if share < 1 else loss
+                    sums.append((loss.detach(), components * share if share < 1 else components))
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if total is not None:
+            scale, loss, components = total.finish()
+            return loss, components, scale
+        losses, each = zip(*sums, strict=True)
+        return torch.stack(losses).sum(), torch.stack(each).sum(0), None
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(batch.images)
+        size = self._settings.micro_batch_size or count
+        if size >= count:
+            yield batch.images, batch.targets
+            return
+        for first in range(0, count, size):
+            within = (batch.targets[:, 0] >= first) & (batch.targets[:, 0] < first + size)
+            targets = batch.targets[within]
+            targets[:, 0] -= first
+            yield batch.images[first : first + size], targets
+
+    def _together(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange their gradients in the last part only."""
+        return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+
+def _precision(settings: Train, device: torch.device) -> torch.dtype:
+    if settings.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.precision]
