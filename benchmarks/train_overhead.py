@@ -3,7 +3,8 @@
 Both train the same recipe with the same number of processes on the same pictures. The bare loop is PyTorch's DDP with
 forward, loss, backward and step on batches that are in memory. It runs before and after raydet's, as machines drift.
 
-    python benchmarks/train_overhead.py                       # YOLOX-n, 416 px, two CPU workers, some minutes
+    python benchmarks/train_overhead.py            # YOLOX-n, 416 px, two CPU workers, some minutes
+    python benchmarks/train_overhead.py --gpu      # YOLOX-s, 640 px, batch 64, bf16, with and without compile
     python benchmarks/train_overhead.py --recipe demo train.epochs=4
 """
 
@@ -14,8 +15,12 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from raydet.training.optimization import make_optimizer
 from raydet.training.prepare import make_job, train_samples
 
 BATCHES_IN_MEMORY = 4
+WARM_UP = 3  # steps
 
 
 def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) -> None:
@@ -41,29 +47,46 @@ def bare_loop(rank: int, recipe: Recipe, steps: int, port: int, results: Any) ->
     _, workers = recipe.scale.workers
     torch.set_num_threads(recipe.scale.cpus_per_worker or 1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    gpu = bool(recipe.scale.gpu)
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=workers)
+    torch.backends.cudnn.benchmark = True
     index = load_index(recipe.data, "train")
     job = make_job(recipe, index, load_index(recipe.data, "val"))
     size = recipe.train.batch_size // workers
     stop = BATCHES_IN_MEMORY * size
     batches = list(local_train_batches(train_samples(recipe, index, job.config.preprocessing.resize), 0, stop, size))
+    if gpu:
+        batches = [replace(b, images=b.images.pin_memory(), targets=b.targets.pin_memory()) for b in batches]
     assert job.criterion is not None
-    model: nn.Module = job.model.to(memory_format=torch.channels_last)
-    network = DistributedDataParallel(model.train())
+    criterion = job.criterion.to(device)
+    model: nn.Module = job.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network: Any = DistributedDataParallel(model.train()) if workers > 1 else model.train()
+    if recipe.train.compile:
+        network = torch.compile(network)
     optimizer = make_optimizer(model, recipe.train)
     began = 0.0
-    for step in range(steps + 3):
-        if step == 3:
-            dist.barrier()
+    for step in range(steps + WARM_UP):
+        if step == WARM_UP:
+            _wait(gpu)
             began = time.perf_counter()
         batch = batches[step % len(batches)]
-        loss, _ = job.criterion(network(job.config.preprocessing(batch.images)), batch.targets)
+        images = job.config.preprocessing(batch.images.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            outputs = network(images)
+        loss, _ = criterion(outputs, batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    dist.barrier()
+    _wait(gpu)
     results[rank] = steps * size / (time.perf_counter() - began)
     dist.destroy_process_group()
+
+
+def _wait(gpu: bool) -> None:
+    if gpu:
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def bare(recipe: Recipe, steps: int) -> float:
@@ -88,37 +111,58 @@ def trained(recipe: Recipe) -> tuple[float, float, float]:
     return speed, waiting, validation / (validation + images / speed)
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--recipe", default="coco2017_yolox_n")
-    parser.add_argument("--steps", type=int, default=30, help="of each bare run (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = make_dataset(Path(folder) / "shapes", train=320, val=32)
-        recipe = load(
-            arguments.recipe,
-            [
-                "name=overhead",
-                f"storage={folder}",
-                f"data.root={data}",
-                "augment.multiscale=null",
-                "train.batch_size=16",
-                "train.epochs=3",
-                "scale.num_workers=2",
-                "scale.cpus_per_worker=1",
-                "track.log_every=10",
-                *arguments.overrides,
-            ],
-        )
-        before = bare(recipe, arguments.steps)
+@contextmanager
+def utilisation(gpu: bool) -> Iterator[list[float]]:
+    """Give a list that has the GPU's utilisation in percent, second by second, when the context is left."""
+    values: list[float] = []
+    if not gpu:
+        yield values
+        return
+    query = ["nvidia-smi", "--id=0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop=1"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
+        yield values
+        process.terminate()
+        assert process.stdout is not None
+        values += [float(line) for line in process.stdout if line.strip().isdigit()]
+
+
+def compare(recipe: Recipe, steps: int) -> None:
+    """Run both and print."""
+    gpu = bool(recipe.scale.gpu)
+    with utilisation(gpu) as bare_use:
+        before = bare(recipe, steps)
+    with utilisation(gpu) as use:
         speed, waiting, validation = trained(recipe)
-        after = bare(recipe, arguments.steps)
+    after = bare(recipe, steps)
+    if gpu:
+        print(f"compile:   {recipe.train.compile}")
+        # Of the busier half of the seconds: the start and the validation are not training.
+        for what, values in (("bare loop", bare_use), ("raydet", use)):
+            busy = sorted(values)[len(values) // 2 :]
+            print(f"{what}: GPU utilisation {statistics.mean(busy):.0f} %")
     print(f"bare loop: {before:.1f} and {after:.1f} images/s, before and after")
     print(f"raydet:    {speed:.1f} images/s, {waiting:.1%} of the time waiting for data")
     print(f"ratio:     {2 * speed / (before + after):.3f}")
     print(f"validation took {validation:.1%} of the time, apart from that")
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", help="(default: coco2017_yolox_n, with --gpu coco2017_yolox_s)")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    parser.add_argument("--steps", type=int, default=30, help="of each bare run (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_dataset(Path(folder) / "shapes", train=640 if arguments.gpu else 320, val=32)
+        common = [f"storage={folder}", f"data.root={data}", "augment.multiscale=null", "track.log_every=10"]
+        cpu = ["train.batch_size=16", "train.epochs=3", "scale.num_workers=2", "scale.cpus_per_worker=1"]
+        gpu = ["train.batch_size=64", "train.epochs=20", "train.precision=bf16", "scale.gpu=true", "eval.every=20"]
+        for compiled in (False, True) if arguments.gpu else (False,):
+            own = [f"name=overhead-{compiled}", f"train.compile={compiled}", *(gpu if arguments.gpu else cpu)]
+            name = arguments.recipe or ("coco2017_yolox_s" if arguments.gpu else "coco2017_yolox_n")
+            compare(load(name, [*common, *own, *arguments.overrides]), arguments.steps)
 
 
 if __name__ == "__main__":

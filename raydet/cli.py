@@ -60,7 +60,8 @@ def train(
 ) -> None:
     """Train a detector, or go on with a training that was interrupted.
 
-    A run is a folder, {storage}/{name}: the same command again resumes it from its last checkpoint.
+    A run is a folder, {storage}/{name}: the same command again resumes it from its last checkpoint. Ctrl-C ends it
+    after the step, with a checkpoint; once more ends it at once.
 
     Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
     """
@@ -68,11 +69,13 @@ def train(
     from raydet.data.problems import Problems
     from raydet.data.store import is_uri
     from raydet.recipe import load
+    from raydet.training.display import summary
     from raydet.training.launch import train as run
     from raydet.training.pictures import draw_validation
 
     _check_device(device, debug)
-    result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say)
+    live = sys.stdout.isatty() and not verbose
+    result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, live=live, say=_say)
     if result.finished_before:
         _say(f"{result.folder} is finished; another name=… starts another run")
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
@@ -80,11 +83,15 @@ def train(
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
     if not result.finished_before:
         _say(f"detections on validation images, beside the truth: {draw_validation(result.folder, index)}")
+    for line in summary(result.folder):
+        _say(line)
+    _say(f"curves: {result.folder / 'images' / 'metrics.png'}")
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    program = "raydet" if shutil.which("raydet") else sys.argv[0]
-    _say(f"next: {program} predict {quote(str(result.folder))} {quote(images)}")
+    program, folder = "raydet" if shutil.which("raydet") else sys.argv[0], quote(str(result.folder))
+    _say(f"next: {program} predict {folder} {quote(images)}")
+    _say(f"      {program} evaluate {folder}")
 
 
 @app.command()
@@ -107,6 +114,24 @@ def evaluate(
         checkpoint, recipe=recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say
     )
     _table(metrics)
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the picture, a PNG", show_default="RUN/images/metrics.png")
+    ] = None,
+) -> None:
+    """Draw a run's loss, learning rate and AP over its steps and epochs, as one picture.
+
+    A star marks the best AP; a dashed line is that of the averaged weights, if the run made them.
+
+    Example: raydet plot runs/demo
+    """
+    from raydet.plot import plot as draw
+
+    _say(f"picture: {draw(run, out)}")
 
 
 @app.command()

@@ -34,6 +34,7 @@ from raydet.recipe import Eval
 FORMAT = 3
 WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
 AVERAGE = "checkpoint_average"
+_NAMES = "checkpoint_[0-9]*"  # in the order of the training
 _PARTIAL = ".partial-"
 
 
@@ -218,9 +219,9 @@ def damage(folder: Path) -> str | None:
 def latest(run: Path) -> tuple[Path | None, list[str]]:
     """Return a run's last whole checkpoint to go on from, if there is one, and what is wrong with later ones."""
     problems: list[str] = []
-    for folder in sorted(run.glob("checkpoint_[0-9]*"), key=_order, reverse=True):
-        if not (folder / TRAINING).exists() and position(folder) >= 0:
-            continue  # an older one
+    for folder in sorted(run.glob(_NAMES), reverse=True):
+        if not (folder / TRAINING).exists() and _content(folder):
+            continue  # an older one, whose training.pt was deleted
         if (problem := damage(folder)) is None:
             return folder, problems
         problems.append(f"{folder.name} is damaged: {problem}")
@@ -236,7 +237,7 @@ def prune(run: Path, keep: int) -> None:
         run: its folder.
         keep: number of the best.
     """
-    folders = sorted(run.glob("checkpoint_[0-9]*"), key=_order)
+    folders = sorted(run.glob(_NAMES))
     last = folders[-2:]
     kept = {*ranked(run)[:keep], *last, *awaited(run)}
     for folder in folders:
@@ -250,14 +251,13 @@ def prune(run: Path, keep: int) -> None:
 
 def awaited(run: Path) -> list[Path]:
     """Return a run's checkpoints whose metrics are awaited, in order."""
-    return [folder for folder in sorted(run.glob("checkpoint_[0-9]*"), key=_order) if _content(folder).get("awaited")]
+    return [folder for folder in sorted(run.glob(_NAMES)) if _content(folder).get("awaited")]
 
 
 def ranked(run: Path) -> list[Path]:
     """Return a run's checkpoints that have been validated, the best by `eval.watch` first; of equals the later."""
-    folders = run.glob("checkpoint_[0-9]*")
-    scored = [(score, *_order(folder), folder) for folder in folders if (score := _score(folder)) is not None]
-    return [entry[-1] for entry in sorted(scored, reverse=True)]
+    scored = [(score, folder) for folder in run.glob(_NAMES) if (score := _score(folder)) is not None]
+    return [folder for _, folder in sorted(scored, reverse=True)]
 
 
 def average_weights(model: nn.Module, folders: Sequence[Path]) -> None:
@@ -268,10 +268,6 @@ def average_weights(model: nn.Module, folders: Sequence[Path]) -> None:
             total[name] = total[name] + tensor.double() if name in total else tensor.double()
     state = model.state_dict()
     model.load_state_dict({name: (total[name] / len(folders)).to(tensor.dtype) for name, tensor in state.items()})
-
-
-def _order(folder: Path) -> tuple[int, str]:
-    return position(folder), folder.name
 
 
 def position(folder: Path) -> int:
@@ -374,7 +370,7 @@ def find(path: Path) -> Path:
     candidates = [folder for folder in path.glob("checkpoint_*") if (folder / CONFIG).is_file()]
     if not candidates:
         raise RaydetError(f"{path}: neither a checkpoint (no config.json in it) nor a run with checkpoints")
-    return max(candidates, key=lambda folder: (_score(folder) or -1.0, _order(folder)))
+    return max(candidates, key=lambda folder: (_score(folder) or -1.0, position(folder), folder.name))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -292,7 +292,8 @@ class _Tables:
             shown = list(self.validations[-validations:])
             if best is not None and all(line is not best for line in shown):
                 shown[0] = best
-            yield Text()
+            if self.training:
+                yield Text()
             yield _fitted(_validation_columns(best), shown, best, console, options)
 
 

@@ -28,6 +28,7 @@ from raydet.data.samples import Samples
 from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import RaydetError, user_error
 from raydet.outputs import shapes
+from raydet.plot import plot
 from raydet.predict import pick_device
 from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
@@ -131,6 +132,7 @@ def train(
         ended = _on_ray(_train_worker, job, streams, verbose, say, table)
     if ended.interrupted:
         raise KeyboardInterrupt
+    plot(folder)
     best = checkpoint.find(folder)
     (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
     return Result(folder, best, ended.metrics)
@@ -412,7 +414,14 @@ def _on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        ValidationConfig,
+        ValidationTaskConfig,
+    )
     from ray.train.torch import TorchConfig, TorchTrainer
 
     fewest, most = scale.workers
@@ -438,9 +447,9 @@ def _on_ray(
         notes = job.folder / "ray"
         shutil.rmtree(notes, ignore_errors=True)
         stack.callback(shutil.rmtree, notes, ignore_errors=True)
-        stack.enter_context(follow(job.folder, say, table))
         if table is not None:
             stack.enter_context(table)
+        stack.enter_context(follow(job.folder, say, table))
         trainer = TorchTrainer(
             worker,
             train_loop_config=given,
@@ -542,7 +551,9 @@ def _resources(scale: Scale) -> tuple[bool, int]:
     if gpu and gpus < fewest:
         raise RaydetError(f"{what}, but there are {gpus} GPUs; or set scale.gpu=false")
     spare = max(1, scale.data_tasks or 1)
-    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, (cpus - spare) // most)))
+    # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.
+    share = (cpus - spare) // most if scale.workers[0] == scale.workers[1] else node - 1
+    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, share)))
     if fewest * each + 1 > cpus:
         raise RaydetError(
             f"{what}: {fewest} times {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "

@@ -106,7 +106,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
         if ends_epoch or state.step % recipe.track.log_every == 0:
             numbers, text = meter.flush(state, lr)  # on all ranks: it asks them all
             if leader:
-                log.metrics(step=state.step, epoch=epoch, **numbers)
+                log.metrics(step=state.step, epoch=epoch, position=state.position, **numbers)
                 log.say(text)
         if ends_epoch:
             metrics = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,10 @@ def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[
 
 
 class RunLog:
-    """metrics.jsonl, one flat object of numbers a line, and log.txt, what a person reads; rank 0 writes them."""
+    """metrics.jsonl, one flat object of numbers a line, and log.txt, what a person reads; rank 0 writes them.
+
+    Where they cannot be written, the disk being full, lines go to the process' own output: a training is worth more.
+    """
 
     def __init__(self, folder: Path, echo: Callable[[str], Any] | None = None):
         self._folder = folder
@@ -158,23 +162,28 @@ class RunLog:
     def metrics(self, **values: float) -> None:
         """Append a line of metrics; what is not finite is left out, as JSON has no such numbers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        with (self._folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        self._append("metrics.jsonl", json.dumps(finite))
 
     def left_out(self, problems: Mapping[str, Problems]) -> None:
         """List the records of each split that cannot be used."""
         for split, found in problems.items():
-            with (self._folder / "log.txt").open("a") as file:
-                file.writelines(f"left out of the {split} data: {message}\n" for message in found.messages)
+            for message in found.messages:
+                self._append("log.txt", f"left out of the {split} data: {message}")
             if found.messages:
                 self.say(f"{len(found.messages)} records of the {split} data cannot be used; log.txt names them")
 
     def say(self, text: str) -> None:
         """Append a line of text."""
-        with (self._folder / "log.txt").open("a") as file:
-            file.write(text + "\n")
+        self._append("log.txt", text)
         if self._echo:
             self._echo(text)
+
+    def _append(self, name: str, line: str) -> None:
+        try:
+            with (self._folder / name).open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            print(f"{self._folder / name} ({error.strerror}): {line}", file=sys.stderr)
 
 
 class SayWarnings(logging.Handler):

@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import raydet
+from raydet.data.batch import Batch
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models import family_of, get
+from raydet.recipe import Train
+from raydet.training.optimization import make_optimizer
+from raydet.training.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -86,7 +91,35 @@ def test_a_gpu_computes_what_a_cpu_does(name, kind, settings):
     assert results[1] == pytest.approx(results[0], rel=1e-2, abs=1e-4)
 
 
-def test_training_in_bf16_on_a_gpu(demo):
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_synchronised_norms_make_two_ranks_one(shapes, tmp_path):
+    """Two ranks with half of the batch each learn what one with all of it does, norms included."""
+    weights = []
+    for workers in (1, 2):
+        overrides = [f"data.root={shapes}", f"storage={tmp_path}", f"name=w{workers}", "train.epochs=1"]
+        settings = [*overrides, "train.precision=fp32", "train.sync_bn=true", f"scale.num_workers={workers}"]
+        result = raydet.train("demo", overrides=settings, say=lambda text: None)
+        weights.append(load_file(result.checkpoint / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_in_half_precision_lower_the_loss(precision):
+    model = some_model("yolox_n").cuda()
+    criterion = some_loss(model, YoloXFastDetectionLoss, {}).cuda()
+    settings = Train(precision=precision, lr=0.01)
+    optimizer = make_optimizer(model, settings)
+    step = Step(model, criterion, optimizer, settings, torch.device("cuda"), ranks=1)
+    pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8).pin_memory()
+    batch = Batch(pixels, TARGETS.pin_memory(), torch.arange(2), torch.arange(2))
+    losses = [float(step(batch, lambda images, targets: (images / 255, targets)).loss) for _ in range(30)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_training_in_half_precision_on_a_gpu(demo, precision):
+    demo = [*demo, f"train.precision={precision}"]
     result = raydet.train("demo", overrides=demo, debug=True, device="cuda:0", say=lambda text: None)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -1,4 +1,10 @@
 import json
+import pickle
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +14,7 @@ from raydet.errors import RaydetError
 from raydet.models import Preprocessing
 from raydet.recipe import Eval, Train
 from raydet.training import checkpoint
-from raydet.training.checkpoint import Config
+from raydet.training.checkpoint import Config, Progress
 from raydet.training.optimization import EMA, make_optimizer
 
 CONFIG = Config(
@@ -37,40 +43,194 @@ def trained(seed):
     return model, average.model, optimizer
 
 
-def save(folder, metrics, epoch=1, state=None):
-    folder.mkdir(parents=True)
-    model, average, optimizer = state or trained(0)
-    checkpoint.save(folder, CONFIG, average, model, optimizer, step=2, epoch=epoch, metrics=metrics)
+@pytest.fixture(scope="module")
+def state():
+    model, average, optimizer = trained(0)
     return model, average, optimizer
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path):
+@pytest.fixture
+def run(tmp_path, state):
+    """Writes checkpoints of a run: epoch → mAP, None where it was not validated."""
+
+    def write(scores, keep=None):
+        for epoch, score in scores.items():
+            metrics = {} if score is None else {"val/mAP@0.50:0.95": score}
+            checkpoint.write(tmp_path / f"checkpoint_{epoch:06d}", files(state, metrics, epoch))
+            if keep is not None:
+                checkpoint.prune(tmp_path, keep)
+        return tmp_path
+
+    return write
+
+
+def files(state, metrics, epoch=1, **more):
+    model, average, optimizer = state
+    trained_states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    progress = Progress(position=8 * epoch, step=2 * epoch, best=0.5, stale=1)
+    return checkpoint.pack(CONFIG, average, trained_states, progress, epoch, metrics, **more)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_comes_back_to_the_bit(tmp_path, state):
     metrics = {"val/mAP@0.50:0.95": 0.25}
-    saved = save(tmp_path / "c", metrics)
-    fresh = trained(1)
-    assert checkpoint.restore(tmp_path / "c", fresh[1], fresh[0], fresh[2], CPU) == (2, metrics)
-    for ours, theirs in zip(saved[:2], fresh[:2], strict=True):
+    checkpoint.write(tmp_path / "c", files(state, metrics, epoch=3))
+    model, average, optimizer = trained(1)
+    progress, found = checkpoint.restore(tmp_path / "c", average, model, {"optimizer": optimizer}, CPU)
+    assert progress == Progress(position=24, step=6, best=0.5, stale=1)
+    assert found == metrics
+    for ours, theirs in zip(state[:2], (model, average), strict=True):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name]), name
     for ours, theirs in zip(
-        saved[2].state_dict()["state"].values(), fresh[2].state_dict()["state"].values(), strict=True
+        state[2].state_dict()["state"].values(), optimizer.state_dict()["state"].values(), strict=True
     ):
         assert torch.equal(ours["momentum_buffer"], theirs["momentum_buffer"])
     assert checkpoint.read_config(tmp_path / "c") == CONFIG
     loaded = checkpoint.load_model(tmp_path / "c", CONFIG)
     assert not loaded.training
-    for name, tensor in saved[1].named_parameters():
+    for name, tensor in state[1].named_parameters():
         assert torch.equal(tensor, loaded.get_parameter(name)), "the weights to use are the average"
 
 
-def test_a_run_s_best_checkpoint_is_found_by_its_map(tmp_path):
-    state = trained(0)
-    for epoch, metrics in enumerate(({"val/mAP@0.50:0.95": 0.2}, {"val/mAP@0.50:0.95": 0.3}, {}), start=1):
-        save(tmp_path / f"checkpoint_{epoch:06d}", metrics, epoch, state)
+def test_a_run_s_best_checkpoint_is_found_by_its_map(run):
+    folder = run({1: 0.2, 2: 0.3, 3: None})
+    assert checkpoint.find(folder).name == "checkpoint_000002"
+    assert checkpoint.find(folder / "checkpoint_000001").name == "checkpoint_000001"
+    run({4: 0.3})
+    assert checkpoint.find(folder).name == "checkpoint_000004", "of equals the later"
+
+
+def test_the_metric_to_watch_decides_which_is_best(tmp_path, state):
+    config = replace(CONFIG, thresholds=Eval(watch="mAP@0.50"))
+    for epoch, (fine, coarse) in enumerate(((0.3, 0.5), (0.2, 0.6)), start=1):
+        metrics = {"val/mAP@0.50:0.95": fine, "val/mAP@0.50": coarse}
+        packed = checkpoint.pack(config, state[1], None, Progress(position=epoch), epoch, metrics)
+        checkpoint.write(tmp_path / f"checkpoint_{epoch:06d}", packed)
     assert checkpoint.find(tmp_path).name == "checkpoint_000002"
-    assert checkpoint.find(tmp_path / "checkpoint_000001").name == "checkpoint_000001"
-    save(tmp_path / "checkpoint_000004", {"val/mAP@0.50:0.95": 0.3}, 4, state)
-    assert checkpoint.find(tmp_path).name == "checkpoint_000004", "of equals the later"
+
+
+@pytest.mark.parametrize(
+    ("scores", "keep", "left"),
+    [
+        ({1: 0.5, 2: 0.1, 3: 0.2, 4: 0.3}, 1, {1: False, 3: True, 4: True}),
+        ({1: 0.1, 2: 0.5, 3: 0.4, 4: None, 5: None}, 2, {2: False, 3: False, 4: True, 5: True}),
+        ({1: 0.5, 2: 0.5, 3: 0.1, 4: 0.1}, 1, {2: False, 3: True, 4: True}),
+        ({1: 0.1, 2: 0.2, 3: 0.3}, 5, {1: False, 2: True, 3: True}),
+    ],
+)
+def test_the_best_and_the_last_two_stay_and_only_these_can_be_gone_on_from(run, scores, keep, left):
+    folder = run(scores, keep)
+    assert names(folder) == [f"checkpoint_{epoch:06d}" for epoch in left]
+    for epoch, complete in left.items():
+        assert ("training.pt" in names(folder / f"checkpoint_{epoch:06d}")) == complete
+        assert checkpoint.damage(folder / f"checkpoint_{epoch:06d}") is None
+
+
+def test_a_checkpoint_whose_metrics_are_awaited_stays_until_they_have_come(tmp_path, state, run):
+    checkpoint.write(tmp_path / "checkpoint_000001", files(state, {}, 1, is_awaited=True))
+    run({2: 0.5, 3: 0.4, 4: 0.3}, keep=1)
+    assert names(tmp_path) == ["checkpoint_000001", "checkpoint_000002", "checkpoint_000003", "checkpoint_000004"]
+    assert checkpoint.awaited(tmp_path) == [tmp_path / "checkpoint_000001"]
+    checkpoint.set_metrics(tmp_path / "checkpoint_000001", {"val/mAP@0.50:0.95": 0.6})
+    checkpoint.prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint_000001", "checkpoint_000003", "checkpoint_000004"]
+    assert checkpoint.find(tmp_path).name == "checkpoint_000001"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("model.safetensors", cut, r"model.safetensors has \d+ bytes of \d+"),
+        ("training.pt", flip, "training.pt is not what was written: its checksum differs"),
+        ("model.safetensors", flip, "model.safetensors is not what was written"),
+        ("config.json", cut, "config.json is damaged"),
+        ("model.safetensors", lambda path: path.unlink(), "model.safetensors cannot be read .No such file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, harm, message):
+    folder = run({1: 0.1, 2: 0.2, 3: 0.3}, keep=3)
+    assert checkpoint.latest(folder) == (folder / "checkpoint_000003", [])
+    harm(folder / "checkpoint_000003" / name)
+    found, problems = checkpoint.latest(folder)
+    assert found == folder / "checkpoint_000002"
+    assert len(problems) == 1
+    assert re.search("checkpoint_000003 is damaged: .*" + message, problems[0])
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, state):
+    """A process is killed again and again while it writes: what is there can always be gone on from."""
+    script = (
+        "import pickle, sys; from pathlib import Path; from raydet.training import checkpoint\n"
+        "files = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print('ready', flush=True)\n"
+        "while True: checkpoint.write(Path(sys.argv[2]), files)"
+    )
+    (tmp_path / "files.pkl").write_bytes(pickle.dumps(files(state, {})))
+    folder = tmp_path / "run" / "checkpoint_000001"
+    seen = 0
+    for pause in (0.001, 0.005, 0.01, 0.02):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "files.pkl"), str(folder)], stdout=subprocess.PIPE
+        ) as writer:
+            writer.stdout.readline()
+            time.sleep(0.05 + pause)
+            writer.kill()
+        if folder.exists():
+            seen += 1
+            assert checkpoint.damage(folder) is None
+    assert seen
+    checkpoint.prune(tmp_path / "run", 1)
+    assert names(tmp_path / "run") == (["checkpoint_000001"] if folder.exists() else [])
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, state):
+    """The process may not write files of more than a megabyte, which fails as a full disk does."""
+    (tmp_path / "files.pkl").write_bytes(pickle.dumps(files(state, {})))
+    folder = tmp_path / "run" / "checkpoint_000001"
+    checkpoint.write(folder, files(state, {}))
+    script = (
+        "import pickle, resource, sys; from pathlib import Path; from raydet.training import checkpoint\n"
+        "files = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "try: checkpoint.write(Path(sys.argv[2]), files)\n"
+        "except OSError as error: print(error.strerror)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "files.pkl"), str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "File too large\n"
+    assert names(folder.parent) == ["checkpoint_000001"]
+    assert checkpoint.damage(folder) is None
+
+
+def test_the_average_is_that_of_weights_and_norm_statistics(tmp_path):
+    models_of = [trained(seed)[1] for seed in (0, 1, 2)]
+    for number, model in enumerate(models_of):
+        packed = checkpoint.pack(CONFIG, model, None, Progress(position=number), number, {})
+        checkpoint.write(tmp_path / f"checkpoint_{number:06d}", packed)
+    mean = trained(3)[1]
+    checkpoint.average_weights(mean, sorted(tmp_path.iterdir()))
+    states = [model.state_dict() for model in models_of]
+    for name, tensor in mean.state_dict().items():
+        expected = sum(state[name].double() for state in states) / 3
+        torch.testing.assert_close(tensor, expected.to(tensor.dtype))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

@@ -83,9 +83,7 @@ def test_validations_are_due_every_so_many_epochs_even_where_a_step_is_longer(
         assert epoch <= mine.epoch_of(position) <= epoch + batch_size / images
 
 
-@pytest.mark.parametrize(
-    ("ranks", "batch_size", "left"), [(1, 8, 10), (2, 8, 10), (3, 6, 14), (5, 5, 16), (8, 8, 10)]
-)
+@pytest.mark.parametrize(("ranks", "batch_size", "left"), [(1, 8, 10), (2, 8, 10), (3, 6, 14), (5, 5, 16), (8, 8, 10)])
 def test_ranks_that_cannot_share_the_batch_get_the_next_smaller_one_and_more_steps(job, ranks, batch_size, left):
     mine = job()
     assert mine.total_steps == 10

@@ -60,7 +60,7 @@ def test_each_loss_section_has_the_arguments_and_defaults_of_its_class():
 def test_another_loss_keeps_the_arguments_that_it_shares(order):
     overrides = ["loss.name=YoloXDetectionLoss", "loss.iou_weight=7"][::order]
     loss = load("coco2017_yolox_s", overrides).loss
-    assert loss == recipe.YoloXDetectionLoss(iou_weight=7)
+    assert loss == recipe.YoloXDetectionLoss(iou_weight=7, l1_last_epochs=15)
 
 
 def test_an_own_loss_gets_the_arguments_that_it_takes(tmp_path, monkeypatch):

@@ -1,0 +1,81 @@
+"""Trains on a cluster of three nodes of this machine and kills one; test_faults.py runs it in a process of its own.
+
+python node_killed.py [key=value]... : overrides of the demo recipe.
+
+Prints one JSON object: when what happened, in seconds since the start.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20",
+)
+
+import ray
+from ray.cluster_utils import Cluster
+
+import raydet
+from raydet.recipe import load
+
+# How soon a cluster sees that a node is gone; by default it takes half a minute.
+DETECTION = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
+
+
+def main(overrides: list[str]) -> None:
+    log = load("demo", overrides).run_folder / "log.txt"
+    began = time.monotonic()
+    seen: dict[str, float] = {}
+    ended: list[object] = []
+
+    def run() -> None:
+        try:
+            said = partial(print, file=sys.stderr)
+            ended.append(raydet.train("demo", overrides=overrides, say=said).metrics)
+        except BaseException as error:
+            ended.append(repr(error))
+
+    def wait_for(text: str, times: int = 1) -> None:
+        while not (log.exists() and log.read_text().count(text) >= times):
+            if not thread.is_alive() or time.monotonic() - began > 400:
+                raise SystemExit(f"{text!r} did not come: {ended} {log.read_text()[-3000:] if log.exists() else ''}")
+            time.sleep(0.05)
+        seen[text] = time.monotonic() - began
+
+    node = {"num_cpus": 3, "object_store_memory": 200 * 2**20}
+    head = {**node, "include_dashboard": True, "_system_config": DETECTION}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    others = [cluster.add_node(**node) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    wait_for("step 7/")
+    seen["killed"] = time.monotonic() - began
+    cluster.remove_node(others[0], allow_graceful=False)
+    wait_for("resumed after step")
+    lines = log.read_text().count("images/s")
+    wait_for("images/s", times=lines + 1)
+    seen["again"] = seen.pop("images/s")
+    thread.join()
+    seen["ended"] = time.monotonic() - began
+    print(json.dumps({"seen": seen, "metrics": ended[0], "log": Path(log).read_text()}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
