@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from raydet.recipe import Recipe
 
 TOP_FINDINGS = 10  # that `inspect` prints
+INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
     help="Train and run object detectors on Ray. Start with: raydet recipes",
@@ -320,11 +321,12 @@ def main() -> None:
     except RaydetError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo(
-            "interrupted; a training goes on from its last checkpoint when the same command is run again", err=True
-        )
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what typer makes of KeyboardInterrupt
+            typer.echo(
+                "interrupted; a training goes on from its last checkpoint when the same command is run again", err=True
+            )
+        raise
 
 
 def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:

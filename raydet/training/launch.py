@@ -490,26 +490,28 @@ def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    ended: list[Any] = []
+    results: list[Any] = []
+    ended = threading.Event()  # not the thread's own end: a join that is interrupted takes the thread for ended
 
     def run() -> None:
         try:
-            ended.append(trainer.fit())
+            results.append(trainer.fit())
         except BaseException as error:  # raised again below, whatever it is
-            ended.append(error)
+            results.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="raydet-fit", daemon=True)
     with _interrupted_by_sigterm():
-        thread.start()
-        while thread.is_alive():
+        threading.Thread(target=run, name="raydet-fit", daemon=True).start()
+        while not ended.is_set():
             try:
-                thread.join(0.5)
+                ended.wait(0.5)
             except KeyboardInterrupt:
                 if stop.exists():
                     raise
                 stop.touch()
                 say("stopping after this step, with a checkpoint; once more stops at once")
-    (result,) = ended
+    (result,) = results
     if isinstance(result, TrainingFailedError):
         raise user_error(result) or result from None
     if isinstance(result, BaseException):

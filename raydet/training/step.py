@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
+from raydet.errors import RaydetError
 from raydet.losses.base import DetectionLoss, PartialLoss
 from raydet.recipe import Train
 
@@ -88,10 +89,20 @@ class Step:
             batch: this rank's, on the CPU.
             prepare: makes the model's input of images [B, 3, H, W] uint8 and targets [N, 6] on the device.
             asked: flags that all ranks shall know of rank 0.
+
+        Raises:
+            RaydetError: the GPU's memory is too small for it.
         """
         torch._foreach_copy_(self._kept, self._buffers)
         self._optimizer.zero_grad(set_to_none=True)
-        loss, components, scale = self._backward(list(self._parts(batch)), prepare)
+        parts = list(self._parts(batch))
+        try:
+            loss, components, scale = self._backward(parts, prepare)
+        except torch.OutOfMemoryError as error:
+            raise RaydetError(
+                f"the GPU's memory does not hold {len(parts[0][0])} images at once: set train.micro_batch_size below "
+                f"that, which changes the result little, or train.batch_size ({str(error).partition('. ')[0]})"
+            ) from None
         self.scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if scale is not None:

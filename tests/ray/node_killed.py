@@ -7,6 +7,7 @@ Prints one JSON object: when what happened, in seconds since the start.
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -56,7 +57,10 @@ def main(overrides: list[str]) -> None:
         seen[text] = time.monotonic() - began
 
     node = {"num_cpus": 3, "object_store_memory": 200 * 2**20}
-    head = {**node, "include_dashboard": True, "_system_config": DETECTION}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {**node, "include_dashboard": True, "dashboard_port": port, "_system_config": DETECTION}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     others = [cluster.add_node(**node) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
