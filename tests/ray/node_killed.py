@@ -1,6 +1,6 @@
 """Trains on a cluster of three nodes of this machine and kills one; test_faults.py runs it in a process of its own.
 
-python node_killed.py [key=value]... : overrides of the demo recipe.
+python node_killed.py RECIPE [key=value]...
 
 Prints one JSON object: when what happened, in seconds since the start.
 """
@@ -36,8 +36,8 @@ DETECTION = {
 }
 
 
-def main(overrides: list[str]) -> None:
-    log = load("demo", overrides).run_folder / "log.txt"
+def main(recipe: str, *overrides: str) -> None:
+    log = load(recipe, overrides).run_folder / "log.txt"
     began = time.monotonic()
     seen: dict[str, float] = {}
     ended: list[object] = []
@@ -45,7 +45,7 @@ def main(overrides: list[str]) -> None:
     def run() -> None:
         try:
             said = partial(print, file=sys.stderr)
-            ended.append(raydet.train("demo", overrides=overrides, say=said).metrics)
+            ended.append(raydet.train(recipe, overrides=overrides, say=said).metrics)
         except BaseException as error:
             ended.append(repr(error))
 
@@ -82,4 +82,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -183,6 +183,9 @@ def test_ctrl_c_and_the_same_command_again(options, straight, how):
     assert "goes on from its last checkpoint" in printed
     done = [line["step"] for line in metrics_of(log_of(options, name).parent)][-1]
     assert 7 <= done < STEPS
+    assert checkpoint.position(checkpoint.latest(log_of(options, name).parent)[0]) == 8 * done
+    if how == signal.SIGTERM:
+        return  # from here on it is the same
     with running(options, name) as (_, said):
         pass
     assert f"resumed after step {done}" in said
@@ -289,7 +292,11 @@ def test_node_killed(options, tmp_path):
     elastic = ["scale.num_workers=[1, 3]", f"storage={tmp_path}", "name=node"]
     script = Path(__file__).parent / "node_killed.py"
     done = subprocess.run(
-        [sys.executable, str(script), *overrides, *elastic], capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, str(script), "demo", *overrides, *elastic],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
