@@ -30,7 +30,7 @@ class Outcome:
         grad_norm: of all gradients as one vector, before clipping.
         finite: else the weights are as they were.
         overflow: not finite only because half precision was scaled too far, which has been lowered.
-        suspect: not finite, and this rank's batch may be why: its loss is not, or the gradient only.
+        suspect: not finite, and this rank's batch may be why: what the model makes of it is not, or of no rank's batch.
         asked: the flags of rank 0.
     """
 
@@ -97,7 +97,7 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         parts = list(self._parts(batch))
         try:
-            loss, components, scale = self._backward(parts, prepare)
+            loss, components, scale, broken = self._backward(parts, prepare)
         except torch.OutOfMemoryError as error:
             raise RaydetError(
                 f"the GPU's memory does not hold {len(parts[0][0])} images at once: set train.micro_batch_size below "
@@ -109,12 +109,14 @@ class Step:
             torch._foreach_mul_(gradients, scale)
         norm = torch.nn.utils.get_total_norm(gradients)
 
-        mine = (~torch.isfinite(loss)).float().view(1)
-        flags = torch.cat((mine, torch.tensor([float(flag) for flag in asked], device=self._device)))
+        # Ranks share their sums: one rank's images can make the loss of all not finite, but not their outputs.
+        broken = broken.float().view(1)
+        unusable = (~torch.isfinite(loss)).float().view(1)
+        flags = torch.cat((broken, unusable, torch.tensor([float(flag) for flag in asked], device=self._device)))
         if self._parallel is not None:
             dist.all_reduce(flags)
         # The only time that a step waits for the device.
-        grad_norm, bad_here, bad, *told = torch.cat((norm.float().view(1), mine, flags)).tolist()
+        grad_norm, broken_here, any_broken, bad, *told = torch.cat((norm.float().view(1), broken, flags)).tolist()
         finite = not bad and math.isfinite(grad_norm)
         overflow = not finite and not bad and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if finite:
@@ -125,14 +127,18 @@ class Step:
             torch._foreach_copy_(self._buffers, self._kept)  # norms have seen what was not finite
         if self.scaler.is_enabled():
             self.scaler.update()
-        suspect = not finite and not overflow and bool(bad_here or not bad)
+        suspect = not finite and not overflow and bool(broken_here or not any_broken)
         return Outcome(loss, components, grad_norm, finite, overflow, suspect, tuple(flag > 0 for flag in told))
 
-    def _backward(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the loss, its components, and what the gradients are still to be multiplied by."""
+    def _backward(
+        self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the loss, its components, what the gradients are still to be multiplied by, and whether an output is
+        not finite."""
         images = sum(len(part) for part, _ in parts)
         total = PartialLoss(self._criterion) if self._adds_up else None  # type: ignore[arg-type]
         sums: list[tuple[Tensor, Tensor]] = []
+        broken = torch.zeros((), dtype=torch.bool, device=self._device)
         for number, (pixels, boxes) in enumerate(parts, start=1):
             inputs, targets = prepare(
                 pixels.to(self._device, non_blocking=True), boxes.to(self._device, non_blocking=True)
@@ -141,6 +147,8 @@ class Step:
                 half = self._precision != torch.float32
                 with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
                     outputs = self._network(inputs)
+                for tensor in _tensors(outputs):
+                    broken |= ~torch.isfinite(tensor).all()
                 if total is not None:
                     loss = total.add(outputs, targets)
                 else:
@@ -151,9 +159,9 @@ class Step:
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if total is not None:
             scale, loss, components = total.finish()
-            return loss, components, scale
+            return loss, components, scale, broken
         losses, each = zip(*sums, strict=True)
-        return torch.stack(losses).sum(), torch.stack(each).sum(0), None
+        return torch.stack(losses).sum(), torch.stack(each).sum(0), None, broken
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(batch.images)
@@ -170,6 +178,14 @@ class Step:
     def _together(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange their gradients in the last part only."""
         return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+
+def _tensors(outputs: object) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs.detach()
+    elif isinstance(outputs, list | tuple):
+        for output in outputs:
+            yield from _tensors(output)
 
 
 def _precision(settings: Train, device: torch.device) -> torch.dtype:
