@@ -225,10 +225,11 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
         self.obj_loss_fix = obj_loss_fix
 
     def divisors(self, terms: Terms) -> Tensor:
-        """Return what each of the four sums is divided by [4]."""
+        """Return what each of the four sums is divided by: [], with `obj_loss_fix` [4]."""
         foreground = super().divisors(terms)
-        objectness = terms.counts[1].clamp(min=1) if self.obj_loss_fix else foreground
-        return torch.stack((foreground, objectness, foreground, foreground))
+        if not self.obj_loss_fix:
+            return foreground
+        return torch.stack((foreground, terms.counts[1].clamp(min=1), foreground, foreground))
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
         """The variant of SimOTA described above. Targets: [M, 6] on the predictions' device."""

@@ -76,11 +76,13 @@ class Step:
         self._precision = _precision(settings, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == torch.float16)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
-        self._kept = [b.clone() for b in self._buffers]
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            self._buffers.setdefault(buffer.dtype, []).append(buffer)
+        self._kept = {kind: [buffer.clone() for buffer in buffers] for kind, buffers in self._buffers.items()}
         # Of a loss that overrides `forward` only the mean over its parts is known.
         whole = isinstance(criterion, DetectionLoss) and type(criterion).forward is DetectionLoss.forward
-        self._adds_up = whole and settings.micro_batch_size is not None
+        self._adds_up = whole
 
     def __call__(self, batch: Batch, prepare: Prepare, asked: tuple[bool, ...] = ()) -> Outcome:
         """Train on a batch.
@@ -93,7 +95,8 @@ class Step:
         Raises:
             RaydetError: the GPU's memory is too small for it.
         """
-        torch._foreach_copy_(self._kept, self._buffers)
+        for kind, buffers in self._buffers.items():
+            torch._foreach_copy_(self._kept[kind], buffers)
         self._optimizer.zero_grad(set_to_none=True)
         parts = list(self._parts(batch))
         try:
@@ -124,7 +127,8 @@ class Step:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.clip_grad_norm, norm)
             self.scaler.step(self._optimizer)
         else:
-            torch._foreach_copy_(self._buffers, self._kept)  # norms have seen what was not finite
+            for kind, buffers in self._buffers.items():  # norms have seen what was not finite
+                torch._foreach_copy_(buffers, self._kept[kind])
         if self.scaler.is_enabled():
             self.scaler.update()
         suspect = not finite and not overflow and bool(broken_here or not any_broken)
@@ -136,7 +140,8 @@ class Step:
         """Return the loss, its components, what the gradients are still to be multiplied by, and whether an output is
         not finite."""
         images = sum(len(part) for part, _ in parts)
-        total = PartialLoss(self._criterion) if self._adds_up else None  # type: ignore[arg-type]
+        several = self._adds_up and len(parts) > 1
+        total = PartialLoss(self._criterion) if several else None  # type: ignore[arg-type]
         sums: list[tuple[Tensor, Tensor]] = []
         broken = torch.zeros((), dtype=torch.bool, device=self._device)
         for number, (pixels, boxes) in enumerate(parts, start=1):

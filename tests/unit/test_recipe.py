@@ -35,7 +35,7 @@ def test_shipped_recipes_are_valid_and_complete(name):
 def test_every_model_has_a_recipe_and_every_family_one_for_small_data():
     expected = {f"coco2017_{model}" for family in FAMILIES for model in family.models}
     expected |= {family.recipe for family in FAMILIES}
-    assert set(shipped()) == expected | {"demo", "yolox_n_finetune"}
+    assert set(shipped()) == expected | {"demo", "yolox_n_finetune", "bccd_yolox_n"}
     for family in FAMILIES:
         names = {loss.__name__ for loss in family.losses}
         for name in [family.recipe, *(f"coco2017_{model}" for model in family.models)]:
