@@ -112,7 +112,7 @@ class Schedule:
     def __call__(self, step: float) -> float:
         """Return the learning rate of a step, the first being 0; a fraction, where steps are smaller than planned."""
         if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+            return self.lr * min((step + 1) / self.warmup, 1.0)
         end = self.total - self.cooldown
         if self.kind == "cosine":
             done = min((step - self.warmup) / max(end - self.warmup, 1e-9), 1.0)

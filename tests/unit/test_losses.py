@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import socket
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raydet import models
 from raydet.anchors import ssd_default_boxes
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.losses.base import PartialLoss
 
 LOSSES = [YoloXDetectionLoss, YoloXFastDetectionLoss]
 CLASSES = 4
@@ -178,13 +180,32 @@ def test_ppyoloe_goes_from_atss_to_the_task_aligned_assigner():
     criterion = PPYoloELoss(static_assigner_end_epoch=2)
     used = []
     for epoch in (0, 1, 2, 3, 0):  # a training may be resumed at any
-        criterion.at_epoch(epoch)
+        criterion.at_epoch(epoch, 5)
         used.append(criterion.use_static_assigner)
     assert used == [True, True, False, False, True]
     for always in (True, False):
         criterion = PPYoloELoss(use_static_assigner=always)
-        criterion.at_epoch(7)
+        criterion.at_epoch(7, 10)
         assert criterion.use_static_assigner == always
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(("last", "first_with"), [(1, 9), (3, 7), (10, 0), (15, 0)])
+def test_l1_joins_in_the_last_epochs(kind, last, first_with):
+    criterion = kind(num_classes=CLASSES, l1_last_epochs=last)
+    for epoch in (*range(10), 0):  # a training may be resumed at any
+        criterion.at_epoch(epoch, 10)
+        l1 = criterion(raw_maps(), some_targets())[1][3].item()
+        assert (l1 > 0) == (epoch >= first_with)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("use_l1", [True, False])
+def test_without_last_epochs_use_l1_says_for_all(kind, use_l1):
+    criterion = kind(num_classes=CLASSES, use_l1=use_l1)
+    for epoch in (0, 9):
+        criterion.at_epoch(epoch, 10)
+        assert criterion.use_l1 == use_l1
 
 
 def test_positive_weights_must_be_one_a_class():
@@ -348,3 +369,83 @@ def test_accumulated_terms_are_those_of_the_larger_batch(case):
     divided = whole.per_image.sum(0) / criterion.divisors(whole)
     expected = sum(weight * term for weight, term in zip(criterion.weights, divided, strict=True))
     torch.testing.assert_close(criterion(model(images), targets)[0].detach(), expected)
+
+
+PARTIAL = [
+    (YoloXDetectionLoss, {"use_l1": True}),
+    (YoloXFastDetectionLoss, {}),
+    (PPYoloELoss, {"use_static_assigner": True}),
+    (PPYoloELoss, {"use_static_assigner": False}),
+    (SSDLoss, {"alpha": 0.7}),
+]
+
+
+def raw_output(kind):
+    """Leaves of a raw output for three images, what the loss takes of some of these, and a criterion of the kind."""
+    if issubclass(kind, YoloXDetectionLoss):
+        return raw_maps(), lambda leaves, rows: [leaf[rows] for leaf in leaves], {}
+    generator = torch.Generator().manual_seed(0)
+    if kind is SSDLoss:
+        boxes = ssd_default_boxes((SIDE, SIDE))
+        leaves = [torch.randn(3, size, len(boxes), generator=generator).requires_grad_() for size in (4, CLASSES + 1)]
+        given = {"default_boxes": boxes, "image_size": (SIDE, SIDE)}
+        return leaves, lambda leaves, rows: tuple(leaf[rows] for leaf in leaves), given
+    with torch.no_grad():
+        raw = models.get("ppyoloe_s", CLASSES).train()(torch.rand(3, 3, 96, 96, generator=generator))
+    leaves = [torch.randn(item.shape, generator=generator).requires_grad_() for item in raw[:2]]
+    return leaves, lambda leaves, rows: (*(leaf[rows] for leaf in leaves), *raw[2:]), {}
+
+
+def targets_of(targets, first, last):
+    mine = targets[(targets[:, 0] >= first) & (targets[:, 0] < last)].clone()
+    mine[:, 0] -= first
+    return mine
+
+
+@pytest.mark.parametrize("edges", [(0, 1, 2, 3), (0, 2, 3), (0, 3)], ids=["1+1+1", "2+1", "3"])
+@pytest.mark.parametrize("images", [(0, 0, 1, 2), (1, 2, 2), (2,), (0,)], ids=lambda images: f"objects in {images}")
+@pytest.mark.parametrize(("kind", "settings"), PARTIAL)
+def test_gradients_and_components_of_parts_are_those_of_the_whole_in_the_end(kind, settings, images, edges):
+    """Also where the first part, or the last, has no object."""
+    (leaves, some, given), targets = raw_output(kind), some_targets(images, size=60)
+    criterion = kind(num_classes=CLASSES, **given, **settings)
+    loss, components = criterion(some(leaves, slice(0, 3)), targets)
+    expected = torch.autograd.grad(loss, leaves)
+
+    partial = PartialLoss(criterion)
+    for first, last in pairwise(edges):
+        mine = partial.add(some(leaves, slice(first, last)), targets_of(targets, first, last))
+        mine.backward()
+    scale, whole, logged = partial.finish()
+    assert scale.ndim == 0
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad * scale, gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(whole, loss.detach())
+    torch.testing.assert_close(logged, components)
+    assert not whole.requires_grad
+    assert not logged.requires_grad
+
+
+def test_the_first_part_is_divided_by_its_own_normaliser_until_all_are_known():
+    """So that gradients have the size they have without parts, which half precision needs."""
+    criterion, maps, targets = YoloXDetectionLoss(num_classes=CLASSES), raw_maps(), some_targets((0, 0, 1, 2))
+    partial = PartialLoss(criterion)
+    alone = criterion([m[:1] for m in maps], targets_of(targets, 0, 1))[0]
+    assert partial.add([m[:1] for m in maps], targets_of(targets, 0, 1)).item() == pytest.approx(alone.item())
+    assert partial.finish()[0] == 1, "it was the only one so far"
+    partial.add([m[1:] for m in maps], targets_of(targets, 1, 3))
+    normalisers = [
+        criterion.terms([m[part] for m in maps], mine).normaliser
+        for part, mine in ((slice(0, 1), targets_of(targets, 0, 1)), (slice(1, 3), targets_of(targets, 1, 3)))
+    ]
+    assert partial.finish()[0] == pytest.approx((normalisers[0] / sum(normalisers)).item())
+
+
+def test_terms_with_divisors_of_their_own_come_in_one_part_only():
+    criterion = YoloXFastDetectionLoss(num_classes=CLASSES, obj_loss_fix=True)
+    maps, targets = raw_maps(), some_targets((0, 1, 2))
+    partial = PartialLoss(criterion)
+    first = partial.add([m[:2] for m in maps], targets_of(targets, 0, 2))
+    torch.testing.assert_close(first, criterion([m[:2] for m in maps], targets_of(targets, 0, 2))[0])
+    with pytest.raises(ValueError, match="YoloXFastDetectionLoss divides its terms by different numbers"):
+        partial.add([m[2:] for m in maps], targets_of(targets, 2, 3))
