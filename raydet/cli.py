@@ -90,7 +90,8 @@ def train(
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    program, folder = "raydet" if shutil.which("raydet") else sys.argv[0], quote(str(result.folder))
+    started = "python -m raydet.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
+    program, folder = "raydet" if shutil.which("raydet") else started, quote(str(result.folder))
     _say(f"next: {program} predict {folder} {quote(images)}")
     _say(f"      {program} evaluate {folder}")
 

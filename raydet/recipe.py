@@ -497,7 +497,8 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"] if part not in (*_LOSSES, "OwnLoss"))
             if problem["type"] == "extra_forbidden":
-                problems.append(f"{key}: no such setting{did_you_mean(key, _keys())}")
+                other = "; it is an argument of another loss" if key in _keys() else did_you_mean(key, _keys())
+                problems.append(f"{key}: no such setting{other}")
             elif problem["type"] == "no_such_loss":
                 given = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
                 problems.append(f"{key}.{problem['msg']}, not {given!r}")

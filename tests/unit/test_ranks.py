@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.multiprocessing import spawn
 
 from raydet.data.batch import Batch
@@ -111,6 +112,20 @@ def _asked(rank, given):
     return step(share_of(some_batch(4), rank), preparation(model), given if rank == 0 else (False,) * len(given)).asked
 
 
+def _exchanges(rank, size):
+    """How often a step has the ranks exchange gradients."""
+    model, calls = small_detector(), []
+    step, _ = make_step(model, criterion_of(model, YoloXDetectionLoss), RANKS, micro_batch_size=size)
+
+    def counted(group, bucket):
+        calls.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    step._parallel.register_comm_hook(None, counted)
+    step(share_of(some_batch(MOST), rank), preparation(model))
+    return len(calls)
+
+
 FLAGS = [(), (True,), (False, False), ASKED]
 
 
@@ -123,6 +138,7 @@ def _rank(rank, port, folder):
     found["infinite gradient"] = _small_step(rank, hook=torch.inf)
     found["overflow"] = _small_step(rank, scale=2.0**40)
     found |= {("asked", given): _asked(rank, given) for given in FLAGS}
+    found |= {("exchanges", size): _exchanges(rank, size) for size in (None, 2)}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -199,3 +215,8 @@ def test_an_overflow_is_one_on_all_ranks(ranks):
 @pytest.mark.parametrize("given", FLAGS)
 def test_what_the_first_rank_asks_reaches_all(ranks, given):
     assert [found["asked", given] for found in ranks] == [given] * RANKS
+
+
+def test_parts_of_a_step_cost_no_more_exchanges_of_gradients(ranks):
+    for found in ranks:
+        assert found["exchanges", 2] == found["exchanges", None] > 0

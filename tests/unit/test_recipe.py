@@ -137,6 +137,7 @@ def test_wrong_overrides_are_refused_by_name(override, message):
         ("- 1", "holds no settings"),
         ("", "holds no settings"),
         ("x: 1", "x: no such setting"),
+        ("loss: {name: SSDLoss, iou_weight: 1}", "loss.iou_weight: no such setting; it is an argument of another loss"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, content, message):
