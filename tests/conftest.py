@@ -15,6 +15,7 @@ os.environ.update(
 )
 
 import pytest
+import torch
 
 from raydet.data.coco import load_coco
 from raydet.data.synthetic import make_dataset
@@ -40,6 +41,15 @@ def shapes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shapes_index(shapes):
     return load_coco(shapes / "annotations/instances_train.json", shapes / "train")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A single thread for PyTorch, as Ray's workers and other processes of the tests have: others round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -160,6 +160,8 @@ def evaluate(
     """
     path = Path(path).expanduser()
     settings = load_evaluated(path, recipe, overrides)
+    here = settings.scale.model_copy(update={"async_validation": False})
+    settings = settings.model_copy(update={"scale": here})
     val_index = load_index(settings.data, "val")
     source = checkpoint.find(path) if path.is_dir() else path
     say(f"evaluating {source} on {len(val_index)} images")

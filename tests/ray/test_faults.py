@@ -155,11 +155,11 @@ def test_worker_killed(options, straight):
 
 def test_worker_hangs(options, straight):
     """The others wait for it in vain, until the watchdog ends them all. Lost: as if it was killed, and the wait."""
-    with running([*options, "scale.hang_minutes=0.25"], "hangs") as (thread, said):
+    with running([*options, "scale.hang_minutes=0.4"], "hangs") as (thread, said):
         wait_for(log_of(options, "hangs"), f"step 8/{STEPS}", thread.is_alive)
         stopped = workers()[-1]
         os.kill(stopped, signal.SIGSTOP)
-    assert any("has done nothing for 15 s (scale.hang_minutes)" in line for line in said)
+    assert any("has done nothing for 24 s (scale.hang_minutes)" in line for line in said)
     assert any(line.startswith("resumed after step") for line in said)
     folder = log_of(options, "hangs").parent
     stacks = next(folder.glob("hang_rank_*.txt")).read_text()

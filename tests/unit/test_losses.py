@@ -13,6 +13,8 @@ from raydet.anchors import ssd_default_boxes
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.losses.base import PartialLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LOSSES = [YoloXDetectionLoss, YoloXFastDetectionLoss]
 CLASSES = 4
 
@@ -284,15 +286,6 @@ def _half_of_the_batch(rank, port, folder):
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the ranks: another number of threads rounds differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

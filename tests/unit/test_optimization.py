@@ -13,6 +13,8 @@ from raydet.recipe import Train
 from raydet.training.optimization import EMA, PARTS, Schedule, freeze, make_optimizer, train_mode
 from raydet.training.step import Step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = Train(epochs=10, lr=0.1, warmup_epochs=2, cooldown_epochs=3, final_lr=0.05)
 
 
@@ -85,6 +87,14 @@ def test_parts_with_the_same_factor_share_their_groups():
         (2, 0),
         (2, 0.3),
     ]
+
+
+def test_the_matrix_of_a_linear_layer_is_decayed_as_kernels_are():
+    layer = nn.Linear(3, 2)
+    decayed, free = make_optimizer(layer, TRAIN).param_groups
+    assert decayed["params"] == [layer.weight]
+    assert free["params"] == [layer.bias]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (TRAIN.weight_decay, 0)
 
 
 def test_what_is_in_none_of_the_parts_has_the_factor_one():

@@ -30,6 +30,8 @@ from tests.unit.test_step import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANKS = 2
 SHARE = MOST // RANKS
 # Some images of each rank have no object, and none of the second rank's last part has.
@@ -37,15 +39,6 @@ EMPTY = (1, 12, 13, 14, 15)
 CASES = [(loss, size) for loss in ("yolox-l1", "yolox-fast", "ppyoloe-task-aligned", "ssd") for size in (None, 4)]
 BAD_CASES = [("yolox", None), ("ssd", None), ("ppyoloe-task-aligned", None), ("yolox", 2)]
 ASKED = (True, False, True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the ranks: another number of threads rounds differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def share_of(batch, rank):

@@ -18,6 +18,8 @@ from raydet.recipe import Train
 from raydet.training.optimization import make_optimizer
 from raydet.training.step import Step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 CLASSES, SIDE = 4, 64
 MOST = 16  # images of a batch here
@@ -37,15 +39,6 @@ LOSSES = {
     ),
     "ssd": ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Another number of threads rounds differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def some_batch(count, empty=(), seed=1):
