@@ -174,6 +174,7 @@ class Step:
         if size >= count:
             yield batch.images, batch.targets
             return
+        size = -(-count // -(-count // size))  # parts of about the same size: norms cannot learn from a single image
         for first in range(0, count, size):
             within = (batch.targets[:, 0] >= first) & (batch.targets[:, 0] < first + size)
             targets = batch.targets[within]

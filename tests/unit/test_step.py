@@ -219,9 +219,6 @@ def test_objectness_over_all_points_needs_no_parts_where_the_batch_fits_in_one(c
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*after, strict=True))
 
 
-@pytest.mark.xfail(
-    reason="five images come as four and one, and a norm cannot have one", raises=ValueError, strict=True
-)
 def test_no_part_is_a_single_image_where_parts_can_be_more_even():
     """SSD's last map has one cell an image: its norm needs two of them."""
     model = some_model("ssd_lite_mobilenet_v2")
