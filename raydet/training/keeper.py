@@ -22,7 +22,7 @@ from raydet.training.run import STOP, Job, RunLog, World, agreed
 from raydet.training.step import Outcome
 
 VALIDATED = "validation.json"
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.2
 _WAIT_SAID_EVERY_S = 30.0
 
 
