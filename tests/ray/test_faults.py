@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from ray.util.state import list_actors
 from safetensors.torch import load_file
@@ -100,7 +101,9 @@ def command(options, name):
 
 
 def workers():
-    found = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    # The address is named: without one Ray asks the cluster started last, which may be that of a killed driver.
+    here = ray.get_runtime_context().gcs_address
+    found = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     return [actor.pid for actor in found]
 
 
