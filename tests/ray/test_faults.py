@@ -89,7 +89,9 @@ def running(options, name):
 def command(options, name):
     """The command line in a session of its own, as in a terminal."""
     overrides = [*options, f"name={name}"]
-    arguments = [sys.executable, "-m", "raydet.cli", "train", "demo", *overrides]
+    # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+    attentive = ["env", "--default-signal=INT"]
+    arguments = [*attentive, sys.executable, "-m", "raydet.cli", "train", "demo", *overrides]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as driver:
