@@ -1,11 +1,9 @@
 """Training on Ray: one and two workers, interrupted, resumed, refused."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,29 +102,6 @@ def test_one_worker_on_ray_trains_exactly_what_the_debugger_does(demo):
     assert on_ray.metrics == local.metrics
 
 
-def test_killed_in_the_second_epoch_and_run_again_it_ends_with_the_same_weights(two_workers, options):
-    """The driver is killed as by the kernel: no clean-up of its own; then the same command runs again."""
-    overrides = [*options, "name=killed", "scale.num_workers=2"]
-    command = [sys.executable, "-m", "raydet.cli", "train", "demo", *overrides]
-    storage = next(o for o in options if o.startswith("storage=")).removeprefix("storage=")
-    log = Path(storage, "killed", "log.txt")
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        deadline = time.monotonic() + 120
-        while not (log.exists() and "step 6/10" in log.read_text()):
-            assert driver.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        driver.send_signal(signal.SIGKILL)
-    # Its cluster goes with it, but not at once.
-    result, said = train(overrides)
-    assert "resumed after step 5" in said
-    assert not any("step 5/10" in line for line in said)
-    assert same_weights(result.checkpoint.parent / "checkpoint_000002", two_workers[0].folder / "checkpoint_000002")
-    assert [line["step"] for line in metrics_of(result.folder)] == [
-        line["step"] for line in metrics_of(two_workers[0].folder)
-    ]
-
-
 def test_a_broken_image_stops_the_run_at_once_and_is_named(demo, shapes, tmp_path):
     name = next((shapes / "train").glob("*.jpg")).name
     images = tmp_path / "images"
@@ -162,7 +137,7 @@ def build(num_classes):
 def test_workers_find_a_model_and_a_loss_in_the_folder_that_the_command_is_given_in(demo, tmp_path):
     (tmp_path / "mypackage").mkdir()
     (tmp_path / "mypackage" / "mine.py").write_text(OWN)
-    overrides = [*demo, "train.epochs=1", "scale.num_workers=2", "scale.cpus_per_worker=1"]
+    overrides = [*demo, "data.max_num_samples=16", "train.epochs=1", "scale.cpus_per_worker=1"]
     own = ["model.name=mypackage.mine:build", "loss.name=mypackage.mine:Mine", "data.image_size=64"]
     command = [sys.executable, "-m", "raydet.cli", "train", "ppyoloe_finetune", *overrides, *own, "name=own"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)

@@ -325,3 +325,19 @@ def test_a_loss_of_another_family_is_refused_by_the_names_of_both(demo, override
     with pytest.raises(RaydetError) as error:
         train(demo, *overrides)
     assert message in str(error.value)
+
+
+class NotANumber(YoloXFastDetectionLoss):
+    """From the third batch on."""
+
+    seen = 0
+
+    def forward(self, outputs, targets):
+        loss, components = super().forward(outputs, targets)
+        self.seen += 1
+        return loss * (float("nan") if self.seen >= 3 else 1), components
+
+
+def test_after_some_steps_in_a_row_that_are_not_finite_it_stops(demo):
+    with pytest.raises(RaydetError, match="was not finite in 3 steps in a row, the last being 5"):
+        train(demo, "train.max_bad_steps=3", loss=NotANumber(5))

@@ -1,6 +1,9 @@
 import json
 import logging
 import math
+import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from raydet.data.batch import Batch
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
+from raydet.training.launch import _fit
 from raydet.training.run import RunLog, SayWarnings, noting_errors
 
 
@@ -75,3 +79,29 @@ def test_records_left_out_are_listed(tmp_path):
     RunLog(tmp_path, echo=heard.append).left_out(problems)
     assert heard == ["1 records of the train data cannot be used; log.txt names them"]
     assert "left out of the train data: labels/7.txt: line 3 is broken" in (tmp_path / "log.txt").read_text()
+
+
+class Signalled:
+    """A training that is sent a signal, and ends when its stop file asks for it."""
+
+    def __init__(self, stop, number):
+        self.stop, self.number = stop, number
+
+    def fit(self):
+        asked = threading.Event()
+        asked.wait(0.3)
+        os.kill(os.getpid(), self.number)
+        while not self.stop.exists():
+            asked.wait(0.01)
+        return self
+
+    return_value = "ended"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "what job servers send"])
+def test_a_signal_asks_the_workers_to_stop_after_the_step(tmp_path, number):
+    said, handler = [], signal.getsignal(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    assert _fit(Signalled(tmp_path / "stop", number), tmp_path / "stop", said.append) == "ended"
+    assert said == ["stopping after this step, with a checkpoint; once more stops at once"]
+    signal.signal(number, handler)
