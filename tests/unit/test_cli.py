@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: in a process of its own."""
+"""The command line, as a user meets it."""
 
 import json
 import subprocess
@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 
 from raydet.recipe import load, shipped
-
-
-def raydet(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "raydet.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
-    )
+from tests.command import raydet
 
 
 @pytest.fixture(scope="module")

@@ -340,4 +340,4 @@ class NotANumber(YoloXFastDetectionLoss):
 
 def test_after_some_steps_in_a_row_that_are_not_finite_it_stops(demo):
     with pytest.raises(RaydetError, match="was not finite in 3 steps in a row, the last being 5"):
-        train(demo, "train.max_bad_steps=3", loss=NotANumber(5))
+        train(demo, "train.max_bad_steps=3", loss=NotANumber(num_classes=5))

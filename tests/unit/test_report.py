@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import combinations
 
@@ -16,6 +14,7 @@ from raydet.data import report
 from raydet.data.index import make_index
 from raydet.data.report import CELLS, decode_all, inspect, measure
 from raydet.data.report_page import render
+from tests.command import raydet
 
 VOID = {"meta", "img"}
 
@@ -321,13 +320,8 @@ def test_broken_pictures_have_their_place_and_say_why(folder):
     ]
 
 
-def raydet(*arguments, cwd):
-    command = [sys.executable, "-m", "raydet.cli", "inspect", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-
-
 def test_the_command_writes_a_page_and_prints_the_numbers(shapes, tmp_path):
-    done = raydet(shapes, cwd=tmp_path)
+    done = raydet("inspect", shapes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = [line.split() for line in done.stdout.replace("│", " ").splitlines()]
     assert ["images", "40", "24"] in printed
@@ -342,7 +336,7 @@ def test_with_a_recipe_it_shows_training_samples_also_of_broken_data(shapes, tmp
     for name in ("000003.jpg", "000004.jpg"):
         (broken / "train" / name).write_bytes((broken / "train" / name).read_bytes()[:300])
     arguments = [argument.format(broken=broken) for argument in arguments]
-    done = raydet(*arguments, "--decode", "--out", "pages/shapes.html", cwd=tmp_path)
+    done = raydet("inspect", *arguments, "--decode", "--out", "pages/shapes.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("images that cannot be used", "mend or remove them", "page: pages/shapes.html"):
         assert part in done.stdout
@@ -354,7 +348,7 @@ def test_with_a_recipe_it_shows_training_samples_also_of_broken_data(shapes, tmp
 
 
 def test_a_data_set_without_a_validation_split_is_shown_too(shapes, tmp_path):
-    done = raydet(shapes, "data.val_annotations=nothing.json", cwd=tmp_path)
+    done = raydet("inspect", shapes, "data.val_annotations=nothing.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "splits that cannot be read" in done.stdout
     assert "nothing.json" in (tmp_path / "inspect.html").read_text()
@@ -366,7 +360,7 @@ def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
     content = json.loads(file.read_text())
     content["categories"].append({"id": 9, "name": "[red]\x1b[2J"})  # a class without objects is named
     file.write_text(json.dumps(content))
-    done = raydet(copy, cwd=tmp_path)
+    done = raydet("inspect", copy, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[red]?[2J" in done.stdout
 
@@ -381,7 +375,7 @@ def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(shapes, tmp_path, arguments, message):
-    done = raydet(*(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
+    done = raydet("inspect", *(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
@@ -389,4 +383,4 @@ def test_a_mistake_is_one_line(shapes, tmp_path, arguments, message):
 
 
 def test_its_help_has_an_example(tmp_path):
-    assert "Example: raydet inspect " in raydet("--help", cwd=tmp_path).stdout
+    assert "Example: raydet inspect " in raydet("inspect", "--help", cwd=tmp_path).stdout
