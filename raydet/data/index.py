@@ -114,6 +114,12 @@ class Index:
         boxes, labels, crowd, area = (values[part] for values in self._flat)
         return Annotations(boxes, labels, crowd.astype(bool), area)
 
+    def objects(self) -> tuple[Array, Annotations]:
+        """The objects of all images, crowds included, and the row that each is in."""
+        boxes, labels, crowd, area = self._flat
+        rows = np.repeat(np.arange(len(self)), np.diff(self._offsets))
+        return rows, Annotations(boxes, labels, crowd.astype(bool), area)
+
     def head(self, count: int) -> Index:
         """Return the first `count` images."""
         return self.take(np.arange(min(count, len(self))))

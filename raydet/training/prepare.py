@@ -222,7 +222,7 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
             f"{_some(train_index.class_names)} and {_some(val_index.class_names)}"
         )
     for split, index in (("training", train_index), ("validation", val_index)):
-        if not index.num_boxes:
+        if index.objects()[1].crowd.all():
             raise RaydetError(f"the {split} data has no objects in its {len(index)} images")
     batch, (fewest, most) = recipe.train.batch_size, recipe.scale.workers
     if batch < most:

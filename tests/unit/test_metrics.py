@@ -3,19 +3,21 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
-from raydet.metrics import _TWELVE, CocoEvaluation
+from raydet.errors import RaydetError
+from raydet.matching import match, operating
+from raydet.metrics import _TWELVE, IOUS, CocoEvaluation
 
 CATEGORIES = (2, 5, 9)
 
 
-def random_set(seed):
+def random_set(seed, false_alarms=4):
     """An index with crowds and empty images, and detections of it: shifted truth, with ties and false alarms."""
     rng = np.random.default_rng(seed)
     images, boxes, of_image, detections = int(rng.integers(1, 8)), [], [], []
@@ -25,7 +27,7 @@ def random_set(seed):
         boxes.append(np.hstack([corner, corner + size]).astype(float))
         of_image += [image] * count
         found = boxes[-1][rng.random(count) < 0.8] + rng.integers(-8, 9, (1, 4))
-        false = rng.integers(0, 60, (int(rng.integers(0, 4)), 4)).astype(float)
+        false = rng.integers(0, 60, (int(rng.integers(0, false_alarms)), 4)).astype(float)
         false[:, 2:] += false[:, :2] + 1
         found = np.vstack([found, false])
         found[:, 2:] = np.maximum(found[:, 2:], found[:, :2] + 1)
@@ -46,8 +48,9 @@ def random_set(seed):
     return index, detections
 
 
-def official(index, detections):
-    """The COCO API's twelve numbers."""
+def official(index, detections, top_k=None):
+    """The COCO API's twelve numbers; and by IoU threshold, for each of the best `top_k` detections of an image and
+    class: its image, label and score, whether it is right, and whether it is ignored."""
     annotations, results = [], []
     for row, found in enumerate(detections):
         image_id = int(index.image_ids[row])
@@ -77,10 +80,39 @@ def official(index, detections):
         }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        if top_k is not None:
+            evaluation.params.maxDets = [top_k]
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation.stats
+        matched = [[] for _ in IOUS]
+        for entry in evaluation.evalImgs:
+            if entry is None or entry["aRng"] != evaluation.params.areaRng[0]:  # objects of all sizes
+                continue
+            row = int(np.flatnonzero(index.image_ids == entry["image_id"])[0])
+            label = CATEGORIES.index(entry["category_id"])
+            for level in range(len(IOUS)):
+                ignored = entry["dtIgnore"][level]
+                right = (entry["dtMatches"][level] > 0) & (ignored == 0)
+                kinds = zip(entry["dtScores"], right, ignored, strict=True)
+                matched[level] += [((row, label, score), bool(r), bool(i)) for score, r, i in kinds]
+        if top_k is None:
+            evaluation.accumulate()
+            evaluation.summarize()
+    return evaluation.stats, matched
+
+
+def index_of(boxes):
+    """An image with some boxes of one class."""
+    return make_index(
+        [(1, "1.jpg", 100, 100)],
+        np.array(boxes, float).reshape(-1, 4),
+        labels=np.zeros(len(boxes), int),
+        crowd=np.zeros(len(boxes), bool),
+        area=np.full(len(boxes), 100.0),
+        image_of_box=np.zeros(len(boxes), int),
+        root="/",
+        class_names=("a",),
+        category_ids=(1,),
+    )
 
 
 def check(metrics, expected):
@@ -91,15 +123,78 @@ def check(metrics, expected):
             assert metrics[name] == pytest.approx(value, abs=1e-12), name
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
-def test_the_twelve_numbers_are_the_coco_api_s(seed):
-    index, detections = random_set(seed)
-    if not sum(map(len, detections)):
-        return
+def evaluated(index, detections):
     evaluation = CocoEvaluation(index)
     evaluation.update(range(len(index)), detections)
-    check(evaluation.compute(), official(index, detections))
+    return evaluation
+
+
+def has_objects(index):
+    return not index.objects()[1].crowd.all()
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_the_twelve_numbers_are_the_coco_api_s(seed):
+    """Of sets with crowds, ties, empty images, single classes, and IoUs of exactly a threshold."""
+    index, detections = random_set(seed)
+    assume(has_objects(index) and sum(map(len, detections)))
+    check(evaluated(index, detections).compute(), official(index, detections)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_than_a_hundred_detections_of_an_image(seed):
+    index, detections = random_set(seed, false_alarms=150)
+    assert max(map(len, detections)) > 100
+    check(evaluated(index, detections).compute(), official(index, detections)[0])
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 100]))
+@settings(max_examples=200, deadline=None)
+def test_what_is_matched_is_what_the_coco_api_matches(seed, top_k):
+    index, detections = random_set(seed)
+    assume(has_objects(index) and sum(map(len, detections)))
+    evaluation = evaluated(index, detections)
+    matches = match(evaluation.truth, evaluation.found, 3, IOUS, top_k)
+    theirs = official(index, detections, top_k)[1]
+    for level in range(len(IOUS)):
+        for right, ignored in ((True, False), (False, True), (False, False)):
+            which = (matches.right[level] == right) & (matches.ignored[level] == ignored)
+            ours = sorted(zip(matches.image[which], matches.label[which], matches.score[which], strict=True))
+            expected = sorted(key for key, *kind in theirs[level] if kind == [right, ignored])
+            assert ours == expected
+
+
+def test_precision_and_recall_are_those_of_the_detections_above_the_threshold():
+    index = index_of([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    # One wrong above all, two right, a second of an object already found.
+    found = [[80, 80, 90, 90, 0.9], [0, 0, 10, 10, 0.8], [20, 0, 30, 10, 0.6], [20, 0, 30, 10, 0.5]]
+    evaluation = evaluated(index, [np.array([[*row, 0] for row in found])])
+    matches = match(evaluation.truth, evaluation.found, 1, np.array([0.5]))
+    at = operating(matches, np.array([0, 0.6, 0.85, 0.95]))
+    assert at.precision[0, 0].tolist() == pytest.approx([2 / 4, 2 / 3, 0, 0])
+    assert at.recall[0, 0].tolist() == pytest.approx([2 / 3, 2 / 3, 0, 0])
+    assert at.f1[0, 0].tolist() == pytest.approx([4 / 7, 2 / 3, 0, 0])
+    metrics = evaluation.compute()
+    assert metrics["Best_score_threshold"] == pytest.approx(0.51)
+    assert metrics["F1@0.50"] == metrics["Precision@0.50"] == metrics["Recall@0.50"] == pytest.approx(2 / 3)
+
+
+def test_without_objects_it_says_so():
+    evaluation = evaluated(index_of([]), [np.array([[0, 0, 1, 1, 0.5, 0]])])
+    with pytest.raises(RaydetError, match=r"there are no objects .* in the 1 images"):
+        evaluation.compute()
+
+
+def test_results_have_the_ids_of_the_data_set():
+    index, detections = random_set(3)
+    results = evaluated(index, detections).results()
+    assert {entry["image_id"] for entry in results} <= set(index.image_ids.tolist())
+    assert {entry["category_id"] for entry in results} <= set(CATEGORIES)
+    x1, y1, x2, y2, score, _ = detections[0][0]
+    first = next(entry for entry in results if entry["image_id"] == index.image_ids[0])
+    assert first["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    assert first["score"] == score
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,214 @@
+"""Which detections are right: COCO's matching of all images at once, and what follows from it at each score threshold.
+
+hotcoco gives COCO's interpolated numbers and keeps no matches; precision and recall proper need them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+
+_STRICTEST = 1 - 1e-10  # the COCO API takes no IoU threshold above this
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of many images, the objects or the detections.
+
+    Attributes:
+        image: [n] any number for each image.
+        label: [n] class, from 0.
+        xywh: float64 [n, 4] left, top, width, height in pixels.
+        score: [n] of detections.
+        crowd: [n] of objects: a region of many, on which a detection is neither right nor wrong.
+        area: [n] of objects, pixels²: by which they are small, medium or large.
+    """
+
+    image: Ints
+    label: Ints
+    xywh: Floats
+    score: Floats | None = None
+    crowd: Bools | None = None
+    area: Floats | None = None
+
+    def __getitem__(self, which: Ints | Bools) -> Boxes:
+        """Return some of them."""
+        return Boxes(*(None if part is None else part[which] for part in vars(self).values()))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The detections that count, best first, and whether they are right at each IoU threshold.
+
+    Attributes:
+        score: [n].
+        label: [n].
+        image: [n].
+        right: [T, n] it has an object of its own.
+        ignored: [T, n] it has none, but is on a crowd.
+        objects: [C] objects of each class that are to be found.
+    """
+
+    score: Floats
+    label: Ints
+    image: Ints
+    right: Bools
+    ignored: Bools
+    objects: Ints
+
+
+def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
+    """Give objects to detections as the COCO API does.
+
+    In each image and class the detections, best first, take the object that they overlap most of those that are left.
+    Here all do so at once, in rounds (Gale and Shapley, 1962): a detection asks for its best object, and is sent on to
+    its next when a better detection asks for the same. As all objects prefer the better detection, this ends as if
+    the detections had chosen one after the other.
+
+    Args:
+        truth: the objects.
+        found: the detections.
+        num_classes: C.
+        ious: [T] lowest IoU of a right detection with its object, ascending.
+        top_k: the best so many detections of each class in an image count.
+    """
+    crowd = truth.crowd if truth.crowd is not None else np.zeros(len(truth), bool)
+    assert found.score is not None
+    ious = np.minimum(ious, _STRICTEST)
+    found = found[np.argsort(-found.score, kind="stable")]
+    group_of_truth, group_of_found = _groups(truth, found, num_classes)
+    counted = np.flatnonzero(_rank_in_group(group_of_found) < top_k)
+    found, group_of_found = found[counted], group_of_found[counted]
+    detection, object_ = _pairs(group_of_found, group_of_truth)
+    overlap = _overlap(found.xywh[detection], truth.xywh[object_], crowd[object_])
+    near = overlap >= ious[0]
+    detection, object_, overlap = detection[near], object_[near], overlap[near]
+    on_crowd = crowd[object_]
+    right = _choose(detection[~on_crowd], object_[~on_crowd], overlap[~on_crowd], ious, len(found), len(truth))
+    ignored = np.zeros_like(right)
+    for level, iou in enumerate(ious):
+        ignored[level, detection[on_crowd & (overlap >= iou)]] = True
+    objects = np.bincount(truth.label[~crowd], minlength=num_classes)
+    assert found.score is not None
+    return Matches(found.score, found.label, found.image, right, ignored & ~right, objects)
+
+
+def _groups(truth: Boxes, found: Boxes, num_classes: int) -> tuple[Ints, Ints]:
+    """Number the pairs of image and class that there are."""
+    keys = np.concatenate([boxes.image.astype(np.int64) * num_classes + boxes.label for boxes in (truth, found)])
+    groups = np.unique(keys, return_inverse=True)[1]
+    return groups[: len(truth)], groups[len(truth) :]
+
+
+def _rank_in_group(groups: Ints) -> Ints:
+    """Return for each how many of its group come before it."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    begins = np.flatnonzero(np.diff(ordered, prepend=-1))
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.repeat(begins, np.diff(begins, append=len(groups)))
+    return ranks
+
+
+def _pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:
+    """Return all pairs of the same group."""
+    order = np.argsort(right, kind="stable")
+    begin, end = (np.searchsorted(right[order], left, side=side) for side in ("left", "right"))
+    counts = end - begin
+    of_left = np.repeat(np.arange(len(left)), counts)
+    within = np.arange(len(of_left)) - np.repeat(counts.cumsum() - counts, counts)
+    return of_left, order[np.repeat(begin, counts) + within]
+
+
+def _overlap(found: Floats, truth: Floats, crowd: Bools) -> Floats:
+    """IoU of pairs of boxes xywh [n, 4]; with a crowd the share of the detection that is on it."""
+    right, below = (np.minimum(found[:, k] + found[:, k + 2], truth[:, k] + truth[:, k + 2]) for k in (0, 1))
+    width, height = (np.maximum(side - np.maximum(found[:, k], truth[:, k]), 0) for k, side in ((0, right), (1, below)))
+    shared = width * height
+    area, other = (boxes[:, 2] * boxes[:, 3] for boxes in (found, truth))
+    whole = np.where(crowd, area, area + other - shared)
+    shares: Floats = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    return shares
+
+
+def _choose(detection: Ints, object_: Ints, overlap: Floats, ious: Floats, detections: int, objects: int) -> Bools:
+    """Return [T, detections]: does it have an object; detections are in the order in which they choose."""
+    # Each detection's objects in the order of its preference: the last of equals, as the COCO API does.
+    order = np.lexsort((-object_, -overlap, detection))
+    detection, object_, overlap = detection[order], object_[order], overlap[order]
+    levels = len(ious)
+    begin = np.searchsorted(detection, np.arange(detections))
+    # What a detection may ask for at each threshold is the beginning of its list.
+    end = begin + np.stack([np.bincount(detection[overlap >= iou], minlength=detections) for iou in ious])
+    next_one = np.broadcast_to(begin, (levels, detections)).copy()
+    holder = np.full((levels, objects), detections)
+    level, asking = np.nonzero(next_one < end)
+    while len(asking):
+        wanted = object_[next_one[level, asking]]
+        before = holder[level, wanted]
+        np.minimum.at(holder, (level, wanted), asking)
+        after = holder[level, wanted]
+        sent_away = after != asking
+        # Who had the object before goes on too; two of those who ask may have sent the same one away.
+        displaced = (before != after) & (before < detections)
+        moved = np.unique(level[displaced] * detections + before[displaced])
+        level = np.concatenate((level[sent_away], moved // detections))
+        asking = np.concatenate((asking[sent_away], moved % detections))
+        next_one[level, asking] += 1
+        left = next_one[level, asking] < end[level, asking]
+        level, asking = level[left], asking[left]
+    return next_one < end
+
+
+def counts(matches: Matches, thresholds: Floats) -> tuple[Ints, Ints]:
+    """Count the right and the wrong detections of each class at and above some scores.
+
+    Args:
+        matches: of the detections.
+        thresholds: [S] ascending.
+
+    Returns:
+        Right and wrong [T, C, S]. A detection on a crowd is neither.
+    """
+    steps, classes = len(thresholds), len(matches.objects)
+    reached = np.searchsorted(thresholds, matches.score, side="right")  # the first so many thresholds
+    cell = matches.label * (steps + 1) + reached
+    size = classes * (steps + 1)
+
+    def count(which: Bools) -> Ints:
+        tables = np.stack([np.bincount(cell[row], minlength=size) for row in which]).reshape(-1, classes, steps + 1)
+        return tables[:, :, ::-1].cumsum(2)[:, :, ::-1][:, :, 1:]
+
+    return count(matches.right), count(~(matches.right | matches.ignored))
+
+
+@dataclass(frozen=True)
+class Operating:
+    """Precision, recall and F1 [T, C, S] of classes at score thresholds; 0 where there is no detection.
+
+    Classes without objects have no recall and are nan in all three.
+    """
+
+    precision: Floats
+    recall: Floats
+    f1: Floats
+
+
+def operating(matches: Matches, thresholds: Floats) -> Operating:
+    """Return the true precision and recall, not interpolated, at some score thresholds [S], ascending."""
+    right, wrong = counts(matches, thresholds)
+    objects = np.where(matches.objects > 0, matches.objects, np.nan)[None, :, None]
+    precision = right / np.maximum(right + wrong, 1) + 0 * objects
+    recall = right / objects
+    both = precision + recall
+    f1 = np.divide(2 * precision * recall, both, out=0 * both, where=both > 0)
+    return Operating(precision, recall, f1)
