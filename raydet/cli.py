@@ -98,24 +98,97 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="checkpoint folder, run folder (its best one), weights file, or results.json")
+    ],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
     debug: Debug = False,
     device: Device = None,
     verbose: Verbose = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder for files and pictures", show_default="evaluation/ in the checkpoint"),
+    ] = None,
 ) -> None:
-    """Measure a checkpoint or a weights file with COCO's metrics on validation data.
+    """Measure a checkpoint, a weights file or COCO's results JSON with COCO's metrics on validation data.
 
-    Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco
+    Beside the table it leaves metrics.json, detections.json (COCO's results, with the data's own ids) and pictures:
+    precision and recall, AP of the classes, confusion, TIDE's errors, calibration.
+
+    Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco --out yolox_s
     """
     from raydet.training.launch import evaluate as run
 
     _check_device(device, debug)
+    out = out or (checkpoint if checkpoint.is_dir() else Path()) / "evaluation"
     metrics = run(
-        checkpoint, recipe=recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, say=_say
+        checkpoint,
+        recipe=recipe,
+        overrides=overrides or (),
+        debug=debug,
+        device=device,
+        verbose=verbose,
+        out=out,
+        say=_say,
     )
     _table(metrics)
+    _say(f"metrics.json, detections.json and pictures: {out}")
+
+
+@app.command("tune-nms")
+def tune_nms(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="what is to be highest: mAP@0.50:0.95, mAP@0.50, mAP@0.75 or F1@0.50")
+    ] = "mAP@0.50:0.95",
+    precision: Annotated[
+        float | None,
+        typer.Option("--precision", help="least share of the detections to be right at IoU 0.50", min=0, max=1),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", help="number of settings", min=2)] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="of the settings and of the halves of the images")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder for the table and the picture", show_default="the checkpoint's")
+    ] = None,
+    debug: Debug = False,
+    device: Device = None,
+    verbose: Verbose = False,
+) -> None:
+    """Search for the thresholds by which a checkpoint detects best, without running the model for each.
+
+    The model runs once; what it gives is kept beside the checkpoint. Score and IoU thresholds, top-k before NMS, most
+    detections, one or many classes a box and NMS across classes are searched on half of the validation images. What
+    wins there is compared with what there was on the other half, and stored in the checkpoint if it is better: predict
+    and evaluate use it.
+
+    Example: raydet tune-nms runs/demo --objective F1@0.50
+    """
+    from raydet.tuning.nms import PICTURE, TABLE
+    from raydet.tuning.nms import tune_nms as run
+
+    _check_device(device, debug)
+    tuned = run(
+        checkpoint,
+        recipe=recipe,
+        overrides=overrides or (),
+        objective=objective,
+        precision=precision,
+        trials=trials,
+        seed=seed,
+        out=out,
+        debug=debug,
+        device=device,
+        verbose=verbose,
+        say=_say,
+    )
+    for line in tuned.summary(objective):
+        _say(line)
+    _say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
+    if not checkpoint.is_dir():
+        _say(f"a weights file keeps no thresholds: add {' '.join(tuned.overrides)}")
 
 
 @app.command()

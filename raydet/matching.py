@@ -56,6 +56,7 @@ class Matches:
         right: [T, n] it has an object of its own.
         ignored: [T, n] it has none, but is on a crowd.
         objects: [C] objects of each class that are to be found.
+        given: [n] which of the detections given each is.
     """
 
     score: Floats
@@ -64,6 +65,12 @@ class Matches:
     right: Bools
     ignored: Bools
     objects: Ints
+    given: Ints
+
+    def __getitem__(self, which: Ints | Bools) -> Matches:
+        """Return those of some of the detections; all objects are still to be found."""
+        parts = (self.score[which], self.label[which], self.image[which], self.right[:, which], self.ignored[:, which])
+        return Matches(*parts, self.objects, self.given[which])
 
 
 def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
@@ -84,7 +91,8 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
     crowd = truth.crowd if truth.crowd is not None else np.zeros(len(truth), bool)
     assert found.score is not None
     ious = np.minimum(ious, _STRICTEST)
-    found = found[np.argsort(-found.score, kind="stable")]
+    best_first = np.argsort(-found.score, kind="stable")
+    found = found[best_first]
     group_of_truth, group_of_found = _groups(truth, found, num_classes)
     counted = np.flatnonzero(_rank_in_group(group_of_found) < top_k)
     found, group_of_found = found[counted], group_of_found[counted]
@@ -99,7 +107,7 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
         ignored[level, detection[on_crowd & (overlap >= iou)]] = True
     objects = np.bincount(truth.label[~crowd], minlength=num_classes)
     assert found.score is not None
-    return Matches(found.score, found.label, found.image, right, ignored & ~right, objects)
+    return Matches(found.score, found.label, found.image, right, ignored & ~right, objects, best_first[counted])
 
 
 def _groups(truth: Boxes, found: Boxes, num_classes: int) -> tuple[Ints, Ints]:
@@ -169,12 +177,13 @@ def _choose(detection: Ints, object_: Ints, overlap: Floats, ious: Floats, detec
     return next_one < end
 
 
-def counts(matches: Matches, thresholds: Floats) -> tuple[Ints, Ints]:
+def counts(matches: Matches, thresholds: Floats, weights: Floats | None = None) -> tuple[Floats, Floats]:
     """Count the right and the wrong detections of each class at and above some scores.
 
     Args:
         matches: of the detections.
         thresholds: [S] ascending.
+        weights: [n] how often each detection counts.
 
     Returns:
         Right and wrong [T, C, S]. A detection on a crowd is neither.
@@ -184,11 +193,41 @@ def counts(matches: Matches, thresholds: Floats) -> tuple[Ints, Ints]:
     cell = matches.label * (steps + 1) + reached
     size = classes * (steps + 1)
 
-    def count(which: Bools) -> Ints:
-        tables = np.stack([np.bincount(cell[row], minlength=size) for row in which]).reshape(-1, classes, steps + 1)
+    times = np.ones(len(cell)) if weights is None else weights
+
+    def count(which: Bools) -> Floats:
+        tables = np.stack([np.bincount(cell[row], times[row], size) for row in which]).reshape(-1, classes, steps + 1)
         return tables[:, :, ::-1].cumsum(2)[:, :, ::-1][:, :, 1:]
 
     return count(matches.right), count(~(matches.right | matches.ignored))
+
+
+def average_precision(matches: Matches, recalls: Floats, weights: Floats | None = None) -> Floats:
+    """Return the AP [T, C] of each class at each IoU threshold as the COCO API has it, nan for one without objects.
+
+    Args:
+        matches: of the detections.
+        recalls: [R] at which the precision is taken.
+        weights: [n] how often each detection counts; `matches.objects` are to be weighted likewise.
+    """
+    found = np.full((len(matches.right), len(matches.objects)), np.nan)
+    by_class = np.argsort(matches.label, kind="stable")
+    ends = np.searchsorted(matches.label[by_class], np.arange(len(matches.objects) + 1))
+    for label in np.flatnonzero(matches.objects > 0):
+        mine = by_class[ends[label] : ends[label + 1]]
+        found[:, label] = 0
+        if not len(mine):
+            continue
+        times = 1.0 if weights is None else weights[mine]
+        right = np.cumsum(matches.right[:, mine] * times, axis=1)
+        wrong = np.cumsum(~(matches.right | matches.ignored)[:, mine] * times, axis=1)
+        precision = right / (right + wrong + np.spacing(1))
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        for level, recall in enumerate(right / matches.objects[label]):
+            place = np.searchsorted(recall, recalls, side="left")
+            reached = place < len(mine)
+            found[level, label] = precision[level, place[reached]].sum() / len(recalls)
+    return found
 
 
 @dataclass(frozen=True)
@@ -203,9 +242,9 @@ class Operating:
     f1: Floats
 
 
-def operating(matches: Matches, thresholds: Floats) -> Operating:
-    """Return the true precision and recall, not interpolated, at some score thresholds [S], ascending."""
-    right, wrong = counts(matches, thresholds)
+def operating(matches: Matches, thresholds: Floats, weights: Floats | None = None) -> Operating:
+    """Return the true precision and recall, not interpolated, at some score thresholds; arguments as of `counts`."""
+    right, wrong = counts(matches, thresholds, weights)
     objects = np.where(matches.objects > 0, matches.objects, np.nan)[None, :, None]
     precision = right / np.maximum(right + wrong, 1) + 0 * objects
     recall = right / objects

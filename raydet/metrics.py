@@ -396,8 +396,8 @@ class DetectionMetrics:
         _check_truth(truth, self._images)
         given = (range(self._images), range(1, self.num_cls + 1), self.class_names, truth, found)
         standard = coco_eval(*given)
-        asked = coco_eval(*given, parameters=self._parameters)
-        averages = _class_means(asked)
+        is_standard = self.at == "0.50:0.95" and np.array_equal(self.recalls, RECALLS) and self.top_k_predictions == 100
+        averages = _class_means(standard if is_standard else coco_eval(*given, parameters=self._parameters))
         matches = match(truth, found, self.num_cls, self.ious, self.top_k_predictions)
         point = operating(matches, np.array([self.score_thres]))
         metrics = {

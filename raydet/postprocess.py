@@ -5,7 +5,7 @@ Boxes are in pixels of the model's input and are not clipped.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from raydet.outputs import PPYOLOE, SSD, YOLOX, decoded_of
 NmsType = Literal["iterative", "matrix"]
 
 _MATRIX_SIGMA = 3.0
+
+
+class Candidates(NamedTuple):
+    """What of an image enters NMS: boxes [n, 4] xyxy, scores [n], labels [n], and the point [n] each is from."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    points: Tensor
 
 
 class PostPrediction:
@@ -67,15 +76,18 @@ class PostPrediction:
         Raises:
             ValueError: the output is of another family's model, or of one in training mode.
         """
+        return [self.suppress(found) for found in self.candidates(outputs)]
+
+    @torch.no_grad()
+    def candidates(self, outputs: Any) -> list[Candidates]:
+        """Return what of each image enters NMS; arguments and errors as of a call."""
         decoded = decoded_of(outputs, self.kind, type(self).__name__)
         images = zip(*decoded, strict=True) if isinstance(decoded, list | tuple) else ((image,) for image in decoded)
-        return [self._suppress(*self._candidates(*(part.float() for part in image))) for image in images]
+        return [self._candidates(*(part.float() for part in image)) for image in images]
 
-    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One image's boxes [n, 4] xyxy, scores [n] and labels [n]."""
-        raise NotImplementedError
-
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    def suppress(self, found: Candidates) -> Tensor:
+        """Return the detections [n, 6] that NMS leaves of an image's candidates."""
+        boxes, scores, labels = found[:3]
         if self.nms_top_k is not None and len(scores) > self.nms_top_k:
             scores, best = scores.topk(self.nms_top_k)
             boxes, labels = boxes[best], labels[best]
@@ -83,6 +95,9 @@ class PostPrediction:
         keep = nms(boxes, scores, self.iou) if agnostic else batched_nms(boxes, scores, labels, self.iou)
         keep = keep[: self.max_predictions]
         return _rows(boxes[keep], scores[keep], labels[keep])
+
+    def _candidates(self, *decoded: Tensor) -> Candidates:
+        raise NotImplementedError
 
 
 class _WithMatrix(PostPrediction):
@@ -109,19 +124,21 @@ class _WithMatrix(PostPrediction):
             raise ValueError(f"nms_type is {nms_type!r}: it is 'iterative' or 'matrix'")
         self.nms_type = nms_type
 
-    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, *decoded: Tensor) -> Candidates:
         boxes, scores = self._scores(decoded[0])
         multi = self.multi_label_per_box and self.nms_type == "iterative"
         point, score, label = _above(scores, self.conf, multi)
-        return cxcywh_to_xyxy(boxes[point]), score, label
+        return Candidates(cxcywh_to_xyxy(boxes[point]), score, label, point)
 
     def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded rows [L, 5 + C] → boxes [n, 4] cxcywh, scores [n, C]."""
         raise NotImplementedError
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    def suppress(self, found: Candidates) -> Tensor:
+        """Return the detections [n, 6] that NMS leaves of an image's candidates."""
         if self.nms_type == "iterative":
-            return super()._suppress(boxes, scores, labels)
+            return super().suppress(found)
+        boxes, scores, labels = found[:3]
         scores, best = scores.topk(min(self.max_predictions, len(scores)))
         boxes, labels = boxes[best], labels[best]
         overlap = box_iou(boxes, boxes).triu(1)  # [better, worse]
@@ -200,10 +217,10 @@ class PPYoloEPostPredictionCallback(PostPrediction):
                 settings[ours] = settings.pop(shared)
         return cls(**settings)
 
-    def _candidates(self, *decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, *decoded: Tensor) -> Candidates:
         boxes, scores = decoded
         point, score, label = _above(scores, self.conf, self.multi_label_per_box)
-        return boxes[point], score, label
+        return Candidates(boxes[point], score, label, point)
 
 
 def _above(scores: Tensor, threshold: float, multi_label: bool) -> tuple[Tensor, Tensor, Tensor]:

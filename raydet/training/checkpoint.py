@@ -191,9 +191,21 @@ def set_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    content = read_json(folder / CONFIG) | {"metrics": dict(metrics), "awaited": False}
+    _update(folder, {"metrics": dict(metrics), "awaited": False})
+
+
+def set_thresholds(folder: Path, thresholds: Eval) -> None:
+    """Give a checkpoint the thresholds that were found best for it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _update(folder, {"thresholds": thresholds.model_dump()})
+
+
+def _update(folder: Path, values: Mapping[str, Any]) -> None:
     partial = folder / f"{_PARTIAL}{CONFIG}"
-    partial.write_text(json.dumps(content, indent=1))
+    partial.write_text(json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
     partial.replace(folder / CONFIG)
 
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from raydet.boxes import place
+from raydet.boxes import Placement, place
 from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.metrics import CocoEvaluation
 from raydet.models import Preprocessing
+from raydet.postprocess import PostPrediction
 from raydet.recipe import Eval
 
 PROGRESS_EVERY_S = 10.0
 
 
-def post_prediction(model: Any, thresholds: Eval) -> Callable[[Any], list[Tensor]]:
+def post_prediction(model: Any, thresholds: Eval) -> PostPrediction:
     """Return the model's post-prediction callback with the thresholds of a recipe."""
-    callback: Callable[[Any], list[Tensor]] = model.get_post_prediction_callback(
+    callback: PostPrediction = model.get_post_prediction_callback(
         conf=thresholds.score,
         iou=thresholds.iou,
         max_predictions=thresholds.max_detections,
@@ -33,7 +34,48 @@ def post_prediction(model: Any, thresholds: Eval) -> Callable[[Any], list[Tensor
     return callback
 
 
+Post = TypeVar("Post")
+
+
 @torch.no_grad()
+def run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    index: Index,
+    preprocessing: Preprocessing,
+    callback: Callable[[Any], list[Post]],
+    device: torch.device,
+    say: Callable[[str], Any],
+) -> Iterator[tuple[int, Placement, Post]]:
+    """Run a model on this rank's images.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        batches: this rank's images; every image of the index is in exactly one rank's.
+        index: of the images.
+        preprocessing: from pixels to the model's input.
+        callback: what to make of the model's output, for each image.
+        device: of the model.
+        say: takes a line of progress now and then.
+
+    Yields:
+        For each image its row, where it is in the model's input, and what the callback made.
+    """
+    ranks = dist.get_world_size() if _distributed() else 1
+    done, began = 0, time.monotonic()
+    due = began + PROGRESS_EVERY_S
+    for batch in batches:
+        images = preprocessing(batch.images.to(device, non_blocking=True))
+        size = images.shape[-2], images.shape[-1]
+        rows = batch.rows.tolist()
+        for row, found in zip(rows, callback(model(images)), strict=True):
+            yield row, place(*index.size(row), size, preprocessing.resize), found
+        done = min(done + ranks * len(rows), len(index))
+        if (now := time.monotonic()) > due:
+            say(f"validated {done} of {len(index)} images, {done / (now - began):.1f} images/s")
+            due = now + PROGRESS_EVERY_S
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -42,45 +84,39 @@ def evaluate(
     thresholds: Eval,
     device: torch.device,
     say: Callable[[str], Any],
-) -> dict[str, float]:
-    """Detect in this rank's images and measure over all ranks.
+) -> bytes | None:
+    """Detect in this rank's images, and gather what all ranks found.
 
     Args:
-        model: in evaluation mode, on `device`.
-        batches: this rank's images; every image of the index is in exactly one rank's.
-        index: ground truth.
-        preprocessing: from pixels to the model's input.
+        model, batches, index, preprocessing, device, say: see `run`.
         thresholds: what counts as a detection.
-        device: of the model.
-        say: takes a line of progress now and then.
 
     Returns:
-        The metrics by name on rank 0, nothing on the others.
+        The state of a CocoEvaluation on rank 0, None on the others.
     """
-    callback = post_prediction(model, thresholds)
     evaluation = CocoEvaluation(index)
-    ranks = dist.get_world_size() if _distributed() else 1
-    done, began = 0, time.monotonic()
-    due = began + PROGRESS_EVERY_S
-    for batch in batches:
-        images = preprocessing(batch.images.to(device, non_blocking=True))
-        height, width = images.shape[-2:]
-        detections = []
-        rows = batch.rows.tolist()
-        for row, found in zip(rows, callback(model(images)), strict=True):
-            rows_found = found.cpu().numpy()
-            rows_found[:, :4] = place(*index.size(row), (height, width), preprocessing.resize).undo(rows_found[:, :4])
-            detections.append(rows_found)
-        evaluation.update(rows, detections)
-        done = min(done + ranks * len(rows), len(index))
-        if (now := time.monotonic()) > due:
-            say(f"validated {done} of {len(index)} images, {done / (now - began):.1f} images/s")
-            due = now + PROGRESS_EVERY_S
+    callback = post_prediction(model, thresholds)
+    for row, placement, found in run(model, batches, index, preprocessing, callback, device, say):
+        boxes = found.cpu().numpy()
+        boxes[:, :4] = placement.undo(boxes[:, :4])
+        evaluation.update([row], [boxes])
     shards = _gather(evaluation.to_bytes())
     if shards is None:
-        return {}
+        return None
     evaluation.merge_bytes(shards)
-    return evaluation.compute()
+    return evaluation.to_bytes()
+
+
+def metrics_of(index: Index, state: bytes | None) -> dict[str, float]:
+    """Return the metrics of what `evaluate` gave; none on the ranks that it gave nothing."""
+    return {} if state is None else restored(index, state).compute()
+
+
+def restored(index: Index, state: bytes) -> CocoEvaluation:
+    """Return the evaluation that `evaluate` gave the state of."""
+    evaluation = CocoEvaluation(index)
+    evaluation.merge_bytes([state])
+    return evaluation
 
 
 def _distributed() -> bool:

@@ -26,10 +26,12 @@ from raydet.plot import plot
 from raydet.predict import pick_device
 from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
+from raydet.results import read_results, write_evaluation
 from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
+from raydet.training.evaluate import restored
 from raydet.training.loop import evaluation_loop, train_loop
-from raydet.training.prepare import load_evaluated, make_job, open_run, train_samples, val_samples
+from raydet.training.prepare import load_evaluated, make_job, open_run, thresholds_of, train_samples, val_samples
 from raydet.training.run import STOP, Job, RunLog
 from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, validate_elsewhere
 
@@ -138,18 +140,20 @@ def evaluate(
     debug: bool = False,
     device: str | None = None,
     verbose: bool = False,
+    out: str | Path | None = None,
     say: Callable[[str], Any] = print,
 ) -> dict[str, float]:
-    """Measure a checkpoint, the best of a run, or a weights file on validation data.
+    """Measure a checkpoint, the best of a run, a weights file or COCO's results JSON on validation data.
 
     Args:
-        path: of the checkpoint folder, run folder or weights file.
-        recipe: of the data, the thresholds and, for a weights file, the model; None: that of the run.
+        path: of the checkpoint folder, run folder, weights file, or results JSON.
+        recipe: of the data and, for a weights file, the model and the thresholds; None: that of the run.
         model: a detector of your own, where the checkpoint is of one.
-        overrides: `section.key=value`.
+        overrides: `section.key=value`; those of `eval` go before the checkpoint's thresholds.
         debug: in this process, without Ray.
         device: with `debug`.
         verbose: let Ray print what its workers print.
+        out: folder for metrics.json, detections.json and the pictures; None: none are written.
         say: takes each line of progress.
 
     Returns:
@@ -159,6 +163,27 @@ def evaluate(
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
     path = Path(path).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        val_index = load_index(load_evaluated(path, recipe, overrides).data, "val")
+        evaluation = read_results(path, val_index)
+    else:
+        job, val_index = open_evaluation(path, recipe, model, overrides, say)
+        state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)
+        evaluation = restored(val_index, state)
+    metrics = evaluation.compute()
+    if out is not None:
+        write_evaluation(Path(out), evaluation, metrics)
+    return metrics
+
+
+def open_evaluation(
+    path: Path,
+    recipe: str | None,
+    model: nn.Module | None,
+    overrides: Sequence[str],
+    say: Callable[[str], Any],
+) -> tuple[Job, Index]:
+    """Return what measures a checkpoint, the best of a run or a weights file; arguments and errors as of `evaluate`."""
     settings = load_evaluated(path, recipe, overrides)
     here = settings.scale.model_copy(update={"async_validation": False})
     settings = settings.model_copy(update={"scale": here})
@@ -167,26 +192,49 @@ def evaluate(
     say(f"evaluating {source} on {len(val_index)} images")
     if not path.is_dir():
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": str(path)})})
-        job = make_job(settings, None, val_index)
-    else:
-        config = checkpoint.read_config(source)
-        if config.class_names != val_index.class_names:
-            raise RaydetError(
-                f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
-                "of the data, or are in another order"
-            )
-        base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
-        job = replace(base, config=config)
-    streams = None, val_samples(settings, val_index, job.config.preprocessing.resize)
-    storage = Path(settings.storage).expanduser().resolve()
+        return make_job(settings, None, val_index), val_index
+    config = checkpoint.read_config(source)
+    if config.class_names != val_index.class_names:
+        raise RaydetError(
+            f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
+            "of the data, or are in another order"
+        )
+    settings = settings.model_copy(update={"eval": thresholds_of(config, overrides)})
+    base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
+    return replace(base, config=config), val_index
+
+
+def run_evaluation(
+    loop: Callable[..., Any],
+    worker: Callable[[dict[str, Any]], Any],
+    job: Job,
+    debug: bool,
+    device: str | None,
+    verbose: bool,
+    say: Callable[[str], Any],
+    then: Callable[[Path], Any] = lambda folder: None,
+) -> Any:
+    """Run an evaluation's loop here or its worker on Ray, in a scratch folder; return what rank 0 returns.
+
+    Args:
+        loop: called with the job, the world and a log.
+        worker: the same on Ray.
+        job: what is evaluated.
+        debug, device, verbose, say: as of `evaluate`.
+        then: called with the scratch folder at the end.
+    """
+    streams = None, val_samples(job.recipe, job.val_index, job.config.preprocessing.resize)
+    storage = Path(job.recipe.storage).expanduser().resolve()
     storage.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
         job = replace(job, folder=Path(scratch))
         if debug:
             world = LocalWorld(job, *streams, device=pick_device(device))
-            return evaluation_loop(job, world, RunLog(job.folder, echo=say))
-        metrics: dict[str, float] = _on_ray(evaluation_worker, job, streams, verbose, say)
-        return metrics
+            result = loop(job, world, RunLog(job.folder, echo=say))
+        else:
+            result = _on_ray(worker, job, streams, verbose, say)
+        then(job.folder)
+        return result
 
 
 def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:

@@ -19,12 +19,13 @@ from raydet.losses.base import DetectionLoss
 from raydet.models import Preprocessing
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Progress
-from raydet.training.evaluate import evaluate
+from raydet.training.evaluate import evaluate, metrics_of
 from raydet.training.keeper import Keeper
 from raydet.training.meter import Meter, opening, validation_line
 from raydet.training.optimization import EMA, Schedule, freeze, make_optimizer, train_mode
 from raydet.training.run import Job, RunLog, World, agreed, noting_errors
 from raydet.training.step import Step
+from raydet.tuning.candidates import collect
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,20 @@ def resized(images: Tensor, targets: Tensor, size: tuple[int, int]) -> tuple[Ten
     return functional.interpolate(images, size, mode="bilinear", align_corners=False), targets
 
 
-def evaluation_loop(job: Job, world: World, log: RunLog) -> dict[str, float]:
-    """Evaluate the job's model on its validation images; return the metrics on rank 0."""
+def evaluation_loop(job: Job, world: World, log: RunLog) -> bytes | None:
+    """Detect with the job's model in its validation images; see `raydet.training.evaluate.evaluate`."""
+    return _detect(_on_device(job, world), world.val_batches()(), job, world, log)
+
+
+def candidates_loop(job: Job, world: World, log: RunLog) -> None:
+    """Keep the candidates of the job's model in its validation images; see `raydet.tuning.candidates.collect`."""
+    say = log.say if world.rank == 0 else _nothing
+    collect(_on_device(job, world), _noting(world.val_batches()(), job, world), job, world.rank, world.device, say)
+
+
+def _on_device(job: Job, world: World) -> nn.Module:
     model: nn.Module = job.model.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return _validate(model, world.val_batches()(), job, world, log)
+    return model
 
 
 def _prepared(
@@ -166,6 +177,10 @@ def _noting(batches: Iterator[Batch], job: Job, world: World) -> Iterator[Batch]
 
 
 def _validate(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> dict[str, float]:
+    return metrics_of(job.val_index, _detect(model, batches, job, world, log))
+
+
+def _detect(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> bytes | None:
     say = log.say if world.rank == 0 else _nothing
     batches = _noting(batches, job, world)
     return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say)

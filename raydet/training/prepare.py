@@ -33,7 +33,7 @@ from raydet.metrics import metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
-from raydet.recipe import OwnTransform, Recipe, describe, differences
+from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
 from raydet.training.checkpoint import Config, build, find, read_json
 from raydet.training.run import Job
@@ -162,6 +162,12 @@ def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequenc
     raise RaydetError(
         f"{checkpoint_path} says neither its model nor its data: add --recipe, such as --recipe coco2017_yolox_s"
     )
+
+
+def thresholds_of(config: Config, overrides: Sequence[str]) -> Eval:
+    """Return the thresholds of a checkpoint, tuned perhaps after its training, with `eval.key=value` on top."""
+    mine = [override for override in overrides if override.startswith("eval.")]
+    return load_recipe(Recipe(eval=config.thresholds), mine).eval
 
 
 def open_run(job: Job) -> None:

@@ -19,9 +19,10 @@ from raydet.errors import user_error
 from raydet.outputs import shapes
 from raydet.predict import pick_device
 from raydet.training import checkpoint
-from raydet.training.evaluate import evaluate as measure
+from raydet.training.evaluate import evaluate as detect
+from raydet.training.evaluate import metrics_of
 from raydet.training.keeper import VALIDATED
-from raydet.training.loop import Ended, evaluation_loop, train_loop
+from raydet.training.loop import Ended, candidates_loop, evaluation_loop, train_loop
 from raydet.training.run import Job, RunLog, SayWarnings
 from raydet.training.watchdog import Watchdog
 
@@ -161,13 +162,22 @@ def train_worker(given: dict[str, Any]) -> Ended:
         return train_loop(job, RayWorld(job, given["sources"], given["data_tasks"], watchdog.beat), log)
 
 
-def evaluation_worker(given: dict[str, Any]) -> dict[str, float]:
+def evaluation_worker(given: dict[str, Any]) -> bytes | None:
     """Run an evaluation in a worker of Ray Train; arguments as in `train_worker`."""
+    return evaluation_loop(*_surroundings(given))
+
+
+def candidates_worker(given: dict[str, Any]) -> None:
+    """Collect candidates in a worker of Ray Train; arguments as in `train_worker`."""
+    candidates_loop(*_surroundings(given))
+
+
+def _surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
     import ray
 
     job: Job = ray.get(given["job"])
     world = RayWorld(job, given["sources"], given["data_tasks"], beat=lambda: None)
-    return evaluation_loop(job, world, _worker_log(job))
+    return job, world, _worker_log(job)
 
 
 class _Alone:
@@ -202,8 +212,8 @@ def validate_elsewhere(pointer: Any, given: dict[str, Any]) -> dict[str, float]:
             pin_memory=device.type == "cuda",
         )()
         say = RunLog(job.folder).say
-        found = measure(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, device, say)
-        metrics = {f"val/{name}": value for name, value in found.items()}
+        found = detect(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, device, say)
+        metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, found).items()}
         result = {"metrics": metrics, "step": content["step"], "epoch": content["epoch"]}
     except Exception as error:  # whatever it is, the training waits for an answer
         metrics, result = {}, {"error": f"{type(error).__name__}: {user_error(error) or error}"}

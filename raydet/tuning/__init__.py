@@ -1,0 +1,1 @@
+"""Sweeps: over recipes, and over thresholds without running the model again."""

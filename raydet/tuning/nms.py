@@ -1,0 +1,260 @@
+"""`raydet tune-nms`: the thresholds of a checkpoint, tuned on CPUs by Ray Tune without running the model again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from raydet.cluster import connect
+from raydet.data import cache
+from raydet.data.index import Index
+from raydet.data.store import Store
+from raydet.errors import RaydetError
+from raydet.metrics import MAIN_METRIC
+from raydet.recipe import Eval, Recipe
+from raydet.training import checkpoint
+from raydet.training.launch import open_evaluation, run_evaluation
+from raydet.training.loop import candidates_loop
+from raydet.training.run import Job
+from raydet.training.worlds import candidates_worker
+from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, keep
+from raydet.tuning.thresholds import SPACE, Comparison, Search, Setting, groups
+
+PICTURE, TABLE = "tune_nms.png", "tune_nms.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search for thresholds found.
+
+    Attributes:
+        thresholds: to use: the winner's, or those there were where the winner is not better on the images held out.
+        winner: the best setting on the images that were searched on.
+        comparison: of it with the default on those held out.
+        values: each setting's value on the images searched on, the best first.
+        seconds: of the search, without the candidates.
+        folder: of the table and the picture.
+    """
+
+    thresholds: Eval
+    winner: Setting
+    comparison: Comparison
+    values: list[tuple[float, Setting]]
+    seconds: float
+    folder: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """The thresholds to use as `key=value`."""
+        return [f"eval.{name}={json.dumps(getattr(self.thresholds, name))}" for name in SPACE]
+
+    def summary(self, objective: str) -> list[str]:
+        """Return lines that say what was found."""
+        found = self.comparison
+        low, middle, high = found.gain
+        verdict = "it is kept" if found.is_better else "it is not better there: the default stays"
+        return [
+            f"{len(self.values)} settings in {self.seconds:.1f} s; the best: "
+            + "  ".join(f"{name} {value}" for name, value in asdict(self.winner).items()),
+            f"{objective} on the images held out: default {found.default:.4f}, winner {found.winner:.4f}, "
+            f"gain {middle:+.4f} (95 %: {low:+.4f} to {high:+.4f}); {verdict}",
+        ]
+
+
+def tune_nms(
+    path: str | Path,
+    *,
+    recipe: str | None = None,
+    model: nn.Module | None = None,
+    overrides: Sequence[str] = (),
+    objective: str = MAIN_METRIC,
+    precision: float | None = None,
+    trials: int = 200,
+    seed: int = 0,
+    out: str | Path | None = None,
+    debug: bool = False,
+    device: str | None = None,
+    verbose: bool = False,
+    say: Callable[[str], Any] = print,
+) -> Tuned:
+    """Search for the thresholds by which a checkpoint detects best, and store them in it.
+
+    Args:
+        path: of the checkpoint folder, run folder (its best one), or weights file, which nothing is stored in.
+        recipe: of the data and, for a weights file, of the model; None: that of the run.
+        model: a detector of your own, where the checkpoint is of one.
+        overrides: `section.key=value`.
+        objective: what is to be highest, one of raydet.tuning.thresholds.OBJECTIVES.
+        precision: only settings by which at least this share of the detections is right at IoU 0.50; None: any.
+        trials: number of settings.
+        seed: of the settings, of the halves of the images and of the bootstrap.
+        out: folder for the table and the picture; None: the checkpoint's, or for a weights file this one.
+        debug: in this process, without Ray.
+        device: with `debug`.
+        verbose: let Ray print what its workers print.
+        say: takes each line of progress.
+
+    Raises:
+        RaydetError: something in the checkpoint, the recipe or the data cannot work.
+    """
+    path = Path(path).expanduser()
+    job, index = open_evaluation(path, recipe, model, overrides, say)
+    source = checkpoint.find(path) if path.is_dir() else None
+    file = _candidates(path if source is None else source, job, index, debug, device, verbose, say)
+    candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
+    search = Search(candidates, objective, precision, seed)
+    default = Setting.of(job.recipe.eval)
+    work = groups(trials, default, seed)
+    count = sum(map(len, work))
+    say(f"{count} settings, of {len(work)} NMS, on {len(search.halves['searched'])} of the {len(index)} images")
+    began = time.monotonic()
+    values = _here(search, work, say) if debug else _on_ray(search, work, job.recipe, verbose, say)
+    seconds = time.monotonic() - began
+    values.sort(key=lambda entry: entry[0], reverse=True)
+    winner = values[0][1]
+    comparison = search.compare(default, winner)
+    kept = winner if comparison.is_better else default
+    thresholds = job.recipe.eval.model_copy(update=asdict(kept)) if comparison.is_better else job.recipe.eval
+    if comparison.is_better and source is not None:
+        checkpoint.set_thresholds(source, thresholds)
+    folder = Path(out) if out is not None else source or Path()
+    tuned = Tuned(thresholds, winner, comparison, values, seconds, folder)
+    _write(tuned, search)
+    return tuned
+
+
+def _candidates(
+    source: Path, job: Job, index: Index, debug: bool, device: str | None, verbose: bool, say: Callable[[str], Any]
+) -> Path:
+    """Return the file of the candidates: an earlier one of the same weights and data, or one made now."""
+    weights = source / checkpoint.WEIGHTS if source.is_dir() else source
+    digest = hashlib.sha256(weights.read_bytes())
+    digest.update(index.save())
+    digest.update(repr((job.config.image_size, job.config.preprocessing, FLOOR, TOP_K)).encode())
+    folder = source if source.is_dir() else cache.folder()
+    file = folder / f"candidates-{digest.hexdigest()[:16]}.parquet"
+    if file.is_file():
+        say(f"candidates of an earlier search: {file}")
+        return file
+    began = time.monotonic()
+    then = partial(keep, file=file)
+    run_evaluation(candidates_loop, candidates_worker, job, debug, device, verbose, say, then)
+    say(f"candidates of {len(index)} images in {time.monotonic() - began:.1f} s: {file}")
+    return file
+
+
+def _here(search: Search, work: list[list[Setting]], say: Callable[[str], Any]) -> list[tuple[float, Setting]]:
+    values = []
+    due = time.monotonic() + 10
+    for number, group in enumerate(work, start=1):
+        values += _measure(search, group)
+        if time.monotonic() > due:
+            say(f"{number} of {len(work)} NMS")
+            due = time.monotonic() + 10
+    return values
+
+
+def _measure(search: Search, group: list[Setting]) -> list[tuple[float, Setting]]:
+    return [(search.value(setting, search.halves["searched"]), setting) for setting in group]
+
+
+def _on_ray(
+    search: Search, work: list[list[Setting]], recipe: Recipe, verbose: bool, say: Callable[[str], Any]
+) -> list[tuple[float, Setting]]:
+    """Measure all settings by Ray Tune, a trial for those of one NMS, on every CPU of the cluster."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files that nobody would read
+    import ray
+    from ray import tune
+
+    class Trial(tune.Trainable):  # type: ignore[misc]
+        """An actor that goes on to the next NMS without being made anew."""
+
+        def setup(self, config: dict[str, Any], search: Search, work: list[list[Setting]]) -> None:
+            import torch
+
+            torch.set_num_threads(1)
+            self.search, self.work, self.number = search, work, config["number"]
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.number = new_config["number"]
+            return True
+
+        def step(self) -> dict[str, Any]:
+            found = _measure(self.search, self.work[self.number])
+            return {"values": [value for value, _ in found], "best": max(found, key=lambda e: e[0])[0], "done": True}
+
+    with ExitStack() as stack:
+        if connect(recipe.scale, verbose):
+            stack.callback(ray.shutdown)
+        notes = stack.enter_context(tempfile.TemporaryDirectory(prefix="raydet-tune-nms-"))
+        tuner = tune.Tuner(
+            tune.with_parameters(Trial, search=search, work=work),
+            param_space={"number": tune.grid_search(list(range(len(work))))},
+            tune_config=tune.TuneConfig(metric="best", mode="max", reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="tune-nms",
+                storage_path=notes,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+        if results.num_errors:
+            raise RaydetError(f"a trial failed: {results.errors[0]}")
+        values = []
+        for result in results:
+            group = work[result.metrics["config"]["number"]]
+            values += list(zip(result.metrics["values"], group, strict=True))
+        return values
+
+
+def _write(tuned: Tuned, search: Search) -> None:
+    """Write all values, and a picture of them over score and IoU thresholds around the winner."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    store = Store(tuned.folder)
+    content = {
+        "objective": search.objective,
+        "thresholds": {name: getattr(tuned.thresholds, name) for name in SPACE},
+        "held out": asdict(tuned.comparison),
+        "searched": [{"value": value, **asdict(setting)} for value, setting in tuned.values],
+    }
+    store.write(TABLE, (json.dumps(content, indent=1) + "\n").encode())
+    scores, ious = SPACE["score"], SPACE["iou"]
+    rows = search.halves["searched"]
+    surface = np.array(
+        [[search.value(replace(tuned.winner, iou=iou, score=score), rows) for score in scores] for iou in ious]
+    )
+    figure = Figure(figsize=(10, 8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(surface, origin="lower", aspect="auto", cmap="viridis")
+    for (row, column), value in np.ndenumerate(surface):
+        dark = value < (surface.min() + surface.max()) / 2
+        axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black", fontsize=7)
+    axes.set_xticks(range(len(scores)), [f"{score:g}" for score in scores])
+    axes.set_yticks(range(len(ious)), [f"{iou:.2f}" for iou in ious])
+    if tuned.winner.score in scores and tuned.winner.iou in ious:
+        axes.plot(scores.index(tuned.winner.score), ious.index(tuned.winner.iou), "o", mfc="none", mec="red", ms=30)
+    others = {name: value for name, value in asdict(tuned.winner).items() if name not in ("score", "iou")}
+    axes.set(
+        xlabel="score threshold", ylabel="IoU threshold of NMS", title=", ".join(f"{k} {v}" for k, v in others.items())
+    )
+    figure.colorbar(image, label=f"{search.objective}, images searched on")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    store.write(PICTURE, picture.getvalue())
