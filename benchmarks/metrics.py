@@ -22,7 +22,8 @@ for variable in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from raydet.metrics import _TWELVE, DetectionMetrics  # noqa: E402
+from raydet.evaluation import TWELVE  # noqa: E402
+from raydet.metrics import DetectionMetrics  # noqa: E402
 
 CLASSES, BATCH, SIDE = 80, 32, 640
 
@@ -137,7 +138,7 @@ def main() -> None:
     truth, found = make(options.images, options.boxes, options.detections)
     update, compute, numbers = ours(truth, found, options.images)
     seconds, stats = official(truth, found, options.images)
-    largest = max(abs(numbers[name] - value) for name, value in zip(_TWELVE, stats, strict=True))
+    largest = max(abs(numbers[name] - value) for name, value in zip(TWELVE, stats, strict=True))
     print(f"raydet          update {update:6.2f} s   compute {compute:6.2f} s   both {update + compute:6.2f} s")
     print(f"COCO API        evaluate and accumulate {seconds:6.2f} s   ratio {seconds / (update + compute):.1f}")
     print(f"largest difference of the twelve numbers: {largest:.1e}   mAP@0.50:0.95 {stats[0]:.6f}")

@@ -111,10 +111,9 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
 
 
 def _groups(truth: Boxes, found: Boxes, num_classes: int) -> tuple[Ints, Ints]:
-    """Number the pairs of image and class that there are."""
-    keys = np.concatenate([boxes.image.astype(np.int64) * num_classes + boxes.label for boxes in (truth, found)])
-    groups = np.unique(keys, return_inverse=True)[1]
-    return groups[: len(truth)], groups[len(truth) :]
+    """Number the pairs of image and class."""
+    objects, detections = (boxes.image.astype(np.int64) * num_classes + boxes.label for boxes in (truth, found))
+    return objects, detections
 
 
 def _rank_in_group(groups: Ints) -> Ints:

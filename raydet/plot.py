@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.metrics import MAIN_METRIC
+from raydet.evaluation import MAIN_METRIC
 from raydet.training.display import METRICS_FILE, best_validation, components, read_metrics
 
 if TYPE_CHECKING:

@@ -87,14 +87,20 @@ class PostPrediction:
 
     def suppress(self, found: Candidates) -> Tensor:
         """Return the detections [n, 6] that NMS leaves of an image's candidates."""
+        kept = self.keep(found)
+        return _rows(found.boxes[kept], found.scores[kept], found.labels[kept])
+
+    def keep(self, found: Candidates) -> Tensor:
+        """Return which [n] of an image's candidates NMS leaves, the best first."""
         boxes, scores, labels = found[:3]
+        best = None
         if self.nms_top_k is not None and len(scores) > self.nms_top_k:
             scores, best = scores.topk(self.nms_top_k)
             boxes, labels = boxes[best], labels[best]
         agnostic = self.class_agnostic_nms
-        keep = nms(boxes, scores, self.iou) if agnostic else batched_nms(boxes, scores, labels, self.iou)
-        keep = keep[: self.max_predictions]
-        return _rows(boxes[keep], scores[keep], labels[keep])
+        kept = nms(boxes, scores, self.iou) if agnostic else batched_nms(boxes, scores, labels, self.iou)
+        kept = kept[: self.max_predictions]
+        return kept if best is None else best[kept]
 
     def _candidates(self, *decoded: Tensor) -> Candidates:
         raise NotImplementedError

@@ -14,8 +14,8 @@ from raydet.boxes import xywh_to_xyxy
 from raydet.data.index import Index
 from raydet.data.store import Store
 from raydet.errors import RaydetError
+from raydet.evaluation import IOUS, RECALLS, CocoEvaluation
 from raydet.matching import counts, match
-from raydet.metrics import IOUS, RECALLS, CocoEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

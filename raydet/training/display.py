@@ -23,7 +23,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from raydet.metrics import MAIN_METRIC
+from raydet.evaluation import MAIN_METRIC
 
 _Line = Mapping[str, float]  # of metrics.jsonl
 

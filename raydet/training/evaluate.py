@@ -13,7 +13,7 @@ from torch import nn
 from raydet.boxes import Placement, place
 from raydet.data.batch import Batch
 from raydet.data.index import Index
-from raydet.metrics import CocoEvaluation
+from raydet.evaluation import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.postprocess import PostPrediction
 from raydet.recipe import Eval

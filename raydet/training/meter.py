@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from raydet.data.batch import Batch
+from raydet.evaluation import MAIN_METRIC
 from raydet.losses.base import sum_over_ranks
-from raydet.metrics import MAIN_METRIC
 from raydet.training.checkpoint import Progress
 from raydet.training.optimization import Schedule
 from raydet.training.run import Job, World

@@ -29,7 +29,7 @@ from raydet.data.transforms import (
     VerticalFlip,
 )
 from raydet.errors import RaydetError, did_you_mean
-from raydet.metrics import metric_names
+from raydet.evaluation import metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from raydet.boxes import Placement, place
+from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.errors import RaydetError
-from raydet.postprocess import Candidates
+from raydet.matching import Boxes, Ints
+from raydet.postprocess import Candidates, PostPrediction
 from raydet.training.evaluate import post_prediction, run
 from raydet.training.run import Job
 
@@ -96,23 +99,48 @@ class CandidateSet:
             raise RaydetError(f"{file} cannot be read: {error}; remove it to compute it again") from None
         if table["row"].to_pylist() != list(range(len(index))):
             raise RaydetError(f"{file} is not of the {len(index)} images of the data; remove it to compute it again")
-        self.index, self.size, self.resize = index, size, resize
         column = {name: table[name].chunk(0) for name in _SCHEMA.names[1:]}
-        self._ends = column["scores"].offsets.to_numpy()
-        self._parts = [
-            torch.from_numpy(column[name].values.to_numpy().copy()) for name in ("boxes", "scores", "labels", "points")
+        ends = column["scores"].offsets.to_numpy()
+        values = [column[name].values.to_numpy() for name in _SCHEMA.names[1:]]
+        boxes, scores, labels, points = (torch.from_numpy(value.copy()) for value in values)
+        parts = (boxes.view(-1, 4), scores, labels.long(), points.long())
+        self.index = index
+        self._arguments = (file, index, size, resize)
+        self._images = [Candidates(*(part[low:high] for part in parts)) for low, high in pairwise(ends.tolist())]
+        # In pixels of the original image, as detections are measured.
+        original = [
+            place(*index.size(row), size, resize).undo(found.boxes.numpy()) for row, found in enumerate(self._images)
         ]
-        self._parts[0] = self._parts[0].view(-1, 4)
+        rows = np.repeat(np.arange(len(index)), np.diff(ends))
+        xywh = xyxy_to_xywh(np.concatenate(original).astype(np.float64))
+        self._boxes = Boxes(rows, labels.numpy(), xywh, score=scores.numpy().astype(np.float64))
+        self._starts = ends[:-1]
+        self._best = [_best_of_each_point(found.points.numpy()) for found in self._images]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CandidateSet, self._arguments
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __iter__(self) -> Iterator[tuple[Candidates, Placement]]:
-        """Give each image's candidates, best first, and where the image is in the model's input."""
-        for row in range(len(self)):
-            part = slice(int(self._ends[row]), int(self._ends[row + 1]))
-            boxes, scores, labels, points = (values[part] for values in self._parts)
-            yield (
-                Candidates(boxes, scores, labels.long(), points.long()),
-                place(*self.index.size(row), self.size, self.resize),
-            )
+    def __iter__(self) -> Iterator[Candidates]:
+        """Give each image's candidates, best first."""
+        return iter(self._images)
+
+    def detect(self, callback: PostPrediction) -> tuple[Boxes, Ints]:
+        """Return the detections that NMS leaves, as `raydet.training.evaluate` has them, and their places by image."""
+        which, places = [], []
+        for start, found, best in zip(self._starts, self._images, self._best, strict=True):
+            if callback.multi_label_per_box:
+                kept = callback.keep(found).numpy()
+            else:
+                kept = best[callback.keep(Candidates(*(part[best] for part in found))).numpy()]
+            which.append(start + kept)
+            places.append(np.arange(len(kept)))
+        return self._boxes[np.concatenate(which)], np.concatenate(places)
+
+
+def _best_of_each_point(points: Ints) -> Ints:
+    """Return which candidates are their points' best: the first, as they are the best first."""
+    first: Ints = np.unique(points, return_index=True)[1]
+    return np.sort(first)

@@ -23,9 +23,10 @@ from raydet.data import cache
 from raydet.data.index import Index
 from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.metrics import MAIN_METRIC
+from raydet.evaluation import MAIN_METRIC
 from raydet.recipe import Eval, Recipe
 from raydet.training import checkpoint
+from raydet.training.evaluate import PROGRESS_EVERY_S
 from raydet.training.launch import open_evaluation, run_evaluation
 from raydet.training.loop import candidates_loop
 from raydet.training.run import Job
@@ -121,7 +122,14 @@ def tune_nms(
     count = sum(map(len, work))
     say(f"{count} settings, of {len(work)} NMS, on {len(search.halves['searched'])} of the {len(index)} images")
     began = time.monotonic()
-    values = _here(search, work, say) if debug else _on_ray(search, work, job.recipe, verbose, say)
+    tell = _progress(len(work), say)
+    if debug:
+        values = []
+        for group in work:
+            values += _measure(search, group)
+            tell()
+    else:
+        values = _on_ray(search, work, job.recipe, verbose, tell)
     seconds = time.monotonic() - began
     values.sort(key=lambda entry: entry[0], reverse=True)
     winner = values[0][1]
@@ -156,15 +164,18 @@ def _candidates(
     return file
 
 
-def _here(search: Search, work: list[list[Setting]], say: Callable[[str], Any]) -> list[tuple[float, Setting]]:
-    values = []
-    due = time.monotonic() + 10
-    for number, group in enumerate(work, start=1):
-        values += _measure(search, group)
+def _progress(total: int, say: Callable[[str], Any]) -> Callable[[], None]:
+    """Return what is to be called after each NMS; it says now and then how many are done."""
+    done, due = 0, time.monotonic() + PROGRESS_EVERY_S
+
+    def tell() -> None:
+        nonlocal done, due
+        done += 1
         if time.monotonic() > due:
-            say(f"{number} of {len(work)} NMS")
-            due = time.monotonic() + 10
-    return values
+            say(f"{done} of {total} NMS")
+            due = time.monotonic() + PROGRESS_EVERY_S
+
+    return tell
 
 
 def _measure(search: Search, group: list[Setting]) -> list[tuple[float, Setting]]:
@@ -172,10 +183,11 @@ def _measure(search: Search, group: list[Setting]) -> list[tuple[float, Setting]
 
 
 def _on_ray(
-    search: Search, work: list[list[Setting]], recipe: Recipe, verbose: bool, say: Callable[[str], Any]
+    search: Search, work: list[list[Setting]], recipe: Recipe, verbose: bool, tell: Callable[[], None]
 ) -> list[tuple[float, Setting]]:
     """Measure all settings by Ray Tune, a trial for those of one NMS, on every CPU of the cluster."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files that nobody would read
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints a table whatever `verbose` is
     import ray
     from ray import tune
 
@@ -196,6 +208,10 @@ def _on_ray(
             found = _measure(self.search, self.work[self.number])
             return {"values": [value for value, _ in found], "best": max(found, key=lambda e: e[0])[0], "done": True}
 
+    class Tell(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            tell()
+
     with ExitStack() as stack:
         if connect(recipe.scale, verbose):
             stack.callback(ray.shutdown)
@@ -208,6 +224,7 @@ def _on_ray(
                 name="tune-nms",
                 storage_path=notes,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[Tell()],
                 verbose=0,
             ),
         )

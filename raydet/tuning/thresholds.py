@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.errors import RaydetError
-from raydet.matching import Boxes, Floats, Matches, average_precision, counts, match, operating
-from raydet.metrics import IOUS, MAIN_METRIC, RECALLS, detected, objects
-from raydet.postprocess import Candidates, PostPrediction
+from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS, objects
+from raydet.matching import Floats, Matches, average_precision, counts, match, operating
+from raydet.postprocess import PostPrediction
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet
 
 OBJECTIVES = (MAIN_METRIC, "mAP@0.50", "mAP@0.75", "F1@0.50")
@@ -160,15 +160,9 @@ class Search:
     ) -> tuple[Matches, npt.NDArray[Any]]:
         """Return the matches of all that NMS leaves, and the place of each among those of its image."""
         callback = PostPrediction(FLOOR, iou, TOP_K, class_agnostic, multi_label, nms_top_k)
-        parts, places = [], []
-        for row, (found, placement) in enumerate(self.candidates):
-            rows = callback.suppress(found if multi_label else _best_of_each_point(found)).numpy()
-            rows[:, :4] = placement.undo(rows[:, :4])
-            parts.append(np.column_stack((np.full(len(rows), row), rows)))
-            places.append(np.arange(len(rows)))
-        found_boxes: Boxes = detected(np.concatenate(parts))
-        matches = match(self.truth, found_boxes, self.classes, IOUS)
-        return matches, np.concatenate(places)[matches.given]
+        found, places = self.candidates.detect(callback)
+        matches = match(self.truth, found, self.classes, IOUS)
+        return matches, places[matches.given]
 
 
 def groups(trials: int, default: Setting, seed: int) -> list[list[Setting]]:
@@ -183,10 +177,3 @@ def groups(trials: int, default: Setting, seed: int) -> list[list[Setting]]:
         key = (setting.iou, setting.nms_top_k, setting.multi_label, setting.class_agnostic)
         together.setdefault(key, []).append(setting)
     return list(together.values())
-
-
-def _best_of_each_point(found: Candidates) -> Candidates:
-    """Return the candidates that are their points' best: the first, as they are the best first."""
-    points = found.points.numpy()
-    first = np.sort(np.unique(points, return_index=True)[1])
-    return Candidates(*(part[first] for part in found))

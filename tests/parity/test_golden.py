@@ -14,7 +14,7 @@ from raydet.boxes import place, xywh_to_xyxy
 from raydet.data.coco import load_coco
 from raydet.data.samples import Samples
 from raydet.data.transforms import Letterbox
-from raydet.metrics import _TWELVE, CocoEvaluation
+from raydet.evaluation import TWELVE, CocoEvaluation
 from raydet.training.launch import evaluate
 
 MODELS = {
@@ -173,7 +173,7 @@ def test_coco_api_s_hundred_images(golden, tmp_path):
     evaluation.update(range(len(index)), [np.array(found).reshape(-1, 6) for found in detections.values()])
     metrics = evaluation.compute()
     expected = json.loads((folder / "expected.json").read_text())["bbox"]
-    assert [metrics[name] for name in _TWELVE] == pytest.approx(expected, abs=1e-12)
+    assert [metrics[name] for name in TWELVE] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from torch.multiprocessing import spawn
 
 from raydet.errors import RaydetError
+from raydet.evaluation import TWELVE
 from raydet.metrics import (
-    _TWELVE,
     DetectionMetrics,
     DetectionMetrics_050,
     DetectionMetrics_050_095,
@@ -67,14 +67,14 @@ def test_map_and_classes_are_those_of_coco(example):
 def test_results_are_named_by_their_iou_thresholds(example, metric, at):
     found = updated(metric, *example).compute()
     own = [f"Precision@{at}", f"Recall@{at}", f"mAP@{at}", f"F1@{at}", "Best_score_threshold"]
-    assert set(own) <= set(found) <= {*_TWELVE, *own}
+    assert set(own) <= set(found) <= {*TWELVE, *own}
 
 
 @pytest.mark.parametrize(("top_k", "column"), [(1, "AR@0.50:0.95_max=1"), (10, "AR@0.50:0.95_max=10")])
 def test_only_the_best_of_each_class_and_image_count(top_k, column):
     index, detections = random_set(12, false_alarms=30)
     found = updated(DetectionMetrics(3, top_k_predictions=top_k, score_thres=0.0), index, detections).compute()
-    assert found["Recall@0.50:0.95"] == pytest.approx(official(index, detections)[0][list(_TWELVE).index(column)])
+    assert found["Recall@0.50:0.95"] == pytest.approx(official(index, detections)[0][list(TWELVE).index(column)])
 
 
 def test_normalised_targets_are_shares_of_the_inputs_sides(example):

@@ -11,8 +11,8 @@ from pycocotools.cocoeval import COCOeval
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
 from raydet.errors import RaydetError
+from raydet.evaluation import IOUS, TWELVE, CocoEvaluation
 from raydet.matching import match, operating
-from raydet.metrics import _TWELVE, IOUS, CocoEvaluation
 
 CATEGORIES = (2, 5, 9)
 
@@ -116,7 +116,7 @@ def index_of(boxes):
 
 
 def check(metrics, expected):
-    for name, value in zip(_TWELVE, expected, strict=True):
+    for name, value in zip(TWELVE, expected, strict=True):
         if value == -1:
             assert name not in metrics
         else:

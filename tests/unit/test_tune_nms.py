@@ -9,8 +9,8 @@ import pytest
 
 import raydet
 from raydet.errors import RaydetError
+from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS, objects
 from raydet.matching import average_precision, match
-from raydet.metrics import IOUS, MAIN_METRIC, RECALLS, objects
 from raydet.predict import load as load_predictor
 from raydet.recipe import Eval
 from raydet.training import checkpoint
