@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "load", "train"]
+__all__ = ["evaluate", "load", "train", "tune"]
 
 if TYPE_CHECKING:
     from raydet.predict import load
     from raydet.training.launch import evaluate, train
+    from raydet.tuning.sweep import tune
 
-_HOMES = {"train": "raydet.training.launch", "evaluate": "raydet.training.launch", "load": "raydet.predict"}
+_HOMES = {
+    "train": "raydet.training.launch",
+    "evaluate": "raydet.training.launch",
+    "load": "raydet.predict",
+    "tune": "raydet.tuning.sweep",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from raydet.recipe import Recipe
 
 TOP_FINDINGS = 10  # that `inspect` prints
+TOP_TRIALS = 20  # that `tune` prints
 INTERRUPTED = 130  # exit code
 
 app = typer.Typer(
@@ -90,10 +91,9 @@ def train(
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    started = "python -m raydet.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
-    program, folder = "raydet" if shutil.which("raydet") else started, quote(str(result.folder))
-    _say(f"next: {program} predict {folder} {quote(images)}")
-    _say(f"      {program} evaluate {folder}")
+    folder = quote(str(result.folder))
+    _say(f"next: {_program()} predict {folder} {quote(images)}")
+    _say(f"      {_program()} evaluate {folder}")
 
 
 @app.command()
@@ -134,6 +134,42 @@ def evaluate(
     )
     _table(metrics)
     _say(f"metrics.json, detections.json and pictures: {out}")
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="with a section tune: a name, or the path of a YAML file")],
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train with many settings at once, end those early that fall behind, and find the best.
+
+    tune.space says which settings of the recipe to try: loss weights, learning rate, augmentation, the model. A sweep
+    is a folder, {storage}/{name}-tune, with a run in it for each trial: the same command again goes on with it.
+
+    Example: raydet tune demo tune.trials=8 tune.space.loss.cls_weight='{choice: [0.5, 1, 2]}'
+    """
+    from rich.console import Console
+
+    from raydet.recipe import load
+    from raydet.tuning.sweep import TRIALS
+    from raydet.tuning.sweep import tune as run
+    from raydet.tuning.trials import table
+
+    live = sys.stdout.isatty() and not verbose
+    sweep = run(recipe, overrides=overrides or (), verbose=verbose, live=live, say=_say)
+    if sweep.finished_before:
+        _say(f"{sweep.folder} is finished; another name=… starts another sweep")
+    settings = load(sweep.folder / "recipe.yaml")
+    Console().print(table(sweep.trials, settings.eval.watch, settings.train.epochs, rows=TOP_TRIALS))
+    for trial in sweep.trials:
+        if trial.error:
+            _say(f"{trial.name} failed: {trial.error}")
+    for picture in sweep.pictures:
+        _say(f"picture: {picture}")
+    _say(f"all trials: {sweep.folder / TRIALS}")
+    _say(f"best recipe: {sweep.recipe}")
+    _say(f"next: {_program()} train {quote(str(sweep.recipe))}")
 
 
 @app.command("tune-nms")
@@ -397,9 +433,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # what typer makes of KeyboardInterrupt
-            typer.echo(
-                "interrupted; a training goes on from its last checkpoint when the same command is run again", err=True
-            )
+            typer.echo("interrupted; what was interrupted goes on when the same command is run again", err=True)
         raise
 
 
@@ -438,6 +472,12 @@ def _augmented(settings: Recipe, index: Index) -> Batch | None:
 def _check_device(device: str | None, debug: bool) -> None:
     if device is not None and not debug:
         raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
+
+
+def _program() -> str:
+    """Return how to start raydet."""
+    started = "python -m raydet.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
+    return "raydet" if shutil.which("raydet") else started
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from raydet.errors import RaydetError, did_you_mean
 from raydet.plugins import accepts, is_own, locate
@@ -322,6 +333,9 @@ class Scale(Section):
         "room for, also when nodes come or go",
     )
     gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
+    gpu_share: float = Field(
+        1.0, gt=0, le=1, description="of a GPU for a single worker: below 1, trials of a sweep share GPUs"
+    )
     cpus_per_worker: int | None = Field(
         None, ge=1, description="CPUs of a worker; null: 1 with a GPU, else an equal share of this machine's"
     )
@@ -337,6 +351,12 @@ class Scale(Section):
     async_validation: bool = Field(
         False, description="validate on a GPU, or CPUs, of its own, while the training goes on; else on the workers"
     )
+
+    @model_validator(mode="after")
+    def _shares_alone(self) -> Scale:
+        if self.gpu_share < 1 and self.workers[1] > 1:
+            raise ValueError("gpu_share below 1 needs num_workers: 1, as workers that exchange gradients need own GPUs")
+        return self
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -360,6 +380,76 @@ class Track(Section):
     checkpoint_minutes: float | None = Field(30.0, gt=0, description="the same in minutes; null: none")
 
 
+class Space(Section):
+    """What a sweep tries for a setting: one of these kinds."""
+
+    grid: list[Any] | None = Field(None, min_length=1)
+    choice: list[Any] | None = Field(None, min_length=1)
+    uniform: Annotated[tuple[float, float] | None, BeforeValidator(_range)] = None
+    loguniform: Annotated[tuple[Factor, Factor] | None, BeforeValidator(_range)] = None
+    integer: Annotated[tuple[int, int] | None, BeforeValidator(_range)] = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Space:
+        if len(self.model_fields_set) != 1 or self.values is None:
+            raise ValueError(f"it should be one of {', '.join(type(self).model_fields)}, with a list of values")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {self.kind: handler(self)[self.kind]}
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        (kind,) = self.model_fields_set
+        return kind
+
+    @property
+    def values(self) -> Any:
+        """All values, or the lowest and the highest."""
+        return getattr(self, self.kind)
+
+
+def _by_key(value: Any, prefix: str = "") -> Any:
+    """Name the settings of a space by their whole keys, whether it has `loss.iou_weight:` or `loss: {iou_weight:`."""
+    if not isinstance(value, Mapping):
+        return value
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        is_section = isinstance(inner, Mapping) and all(isinstance(deeper, Mapping) for deeper in inner.values())
+        flat |= _by_key(inner, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": inner}
+    return flat
+
+
+class Tune(Section):
+    """A sweep over settings, by raydet tune; eval.watch says which trial is best."""
+
+    space: Annotated[dict[str, Space], BeforeValidator(_by_key)] = Field(
+        {},
+        description="what to try for which key of this recipe: {grid: [a, b]} all, {choice: [a, b]} any, "
+        "{uniform: [low, high]}, {loguniform: [low, high]} or {integer: [low, high]}; such as "
+        "loss.iou_weight: {loguniform: [1, 10]}",
+    )
+    search: Literal["random", "grid", "optuna"] = Field(
+        "random",
+        description="how values are chosen: at random, by grid (each combination once) or by Optuna's TPE, which "
+        "learns from earlier trials (pip install 'raydet[tune]')",
+    )
+    trials: int = Field(16, ge=1, description="of search: random (for each combination of grid keys) and optuna")
+    stop: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha",
+        description="trials that are behind end early: asha, hyperband (several asha with later and later first cuts) "
+        "or median (worse than the others' mean so far)",
+    )
+    grace_epochs: int = Field(1, ge=1, description="epochs that no trial ends before")
+    reduction_factor: float = Field(3.0, gt=1, description="of asha and hyperband: one in so many trials goes on")
+    concurrent: int | None = Field(
+        None, ge=1, description="trials at once, each with the workers of scale; null: as there is room for"
+    )
+    hours: float | None = Field(None, gt=0, description="time after which no trial goes on; null: any")
+
+
 class Recipe(Section):
     """All settings of a training."""
 
@@ -374,6 +464,7 @@ class Recipe(Section):
     eval: Eval = Eval()
     scale: Scale = Scale()
     track: Track = Track()
+    tune: Tune = Tune()
 
     @property
     def run_folder(self) -> Path:
@@ -409,9 +500,14 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
         tree, source = _read(path), f"recipe {recipe}"
         tree["name"] = tree.get("name") or path.stem
     # Another loss first: it decides which arguments there are.
-    for override in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
-        _override(tree, override)
+    for text in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
+        _override(tree, text)
     return _validate(tree, source)
+
+
+def override(key: str, value: Any) -> str:
+    """Return `key=value` as `load` takes it."""
+    return f"{key}={_yaml(value)}"
 
 
 def describe(recipe: Recipe) -> str:
@@ -433,7 +529,7 @@ def describe(recipe: Recipe) -> str:
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """Return a line for each setting in which two recipes differ, but for those that do not change the result."""
     mine, other = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
-    harmless = ("scale.", "track.", "data.root", "storage")
+    harmless = ("scale.", "track.", "tune.", "data.root", "storage")
     return [
         f"{key}: {other.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
         for key in {**mine, **other}  # another loss has other arguments
@@ -443,8 +539,13 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _entry(key: str, value: Any, description: str, indent: str) -> list[str]:
     comment = textwrap.wrap(description, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    shown = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-    return [*comment, f"{indent}{key}: {shown.removesuffix('...' + chr(10)).strip()}"]
+    return [*comment, f"{indent}{key}: {_yaml(value)}"]
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML, on one line."""
+    shown: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return shown.removesuffix("...\n").strip()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -457,10 +558,10 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def _override(tree: dict[str, Any], given: str) -> None:
+    key, equals, text = given.partition("=")
     if not equals or not key:
-        raise RaydetError(f"{override!r} is not an override: write section.key=value, such as train.epochs=10")
+        raise RaydetError(f"{given!r} is not an override: write section.key=value, such as train.epochs=10")
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = tree.setdefault(section, {})
@@ -470,7 +571,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise RaydetError(f"{override!r}: the value is not YAML; quote it") from None
+        raise RaydetError(f"{given!r}: the value is not YAML; quote it") from None
     worded = key.strip() in _texts() and not isinstance(value, str | None)
     tree[last] = text if worded else value
     if key.strip() == "loss.name":

@@ -67,6 +67,7 @@ def train(
     overrides: Sequence[str] = (),
     debug: bool = False,
     device: str | None = None,
+    callbacks: Sequence[Any] = (),
     verbose: bool = False,
     live: bool = False,
     say: Callable[[str], Any] = print,
@@ -85,6 +86,7 @@ def train(
         overrides: `section.key=value`.
         debug: in this process, without Ray, on the first images, for two epochs.
         device: with `debug`, such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
+        callbacks: of Ray Train, such as Ray Tune's TuneReportCallback; none are called with `debug`.
         verbose: let Ray print what its workers print.
         live: show a table in the terminal in place of lines.
         say: takes each line of progress.
@@ -122,7 +124,7 @@ def train(
         ended = train_loop(job, world, RunLog(folder, echo=say))
     else:
         table = LiveTable(settings.train.epochs, job.total_steps) if live else None
-        ended = _on_ray(train_worker, job, streams, verbose, say, table)
+        ended = _on_ray(train_worker, job, streams, verbose, say, table, callbacks)
     if ended.interrupted:
         raise KeyboardInterrupt
     plot(folder)
@@ -258,6 +260,7 @@ def _on_ray(
     verbose: bool,
     say: Callable[[str], Any],
     table: LiveTable | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Run a worker function on a Ray Train worker group; return what rank 0 returns."""
     scale = job.recipe.scale
@@ -310,14 +313,14 @@ def _on_ray(
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,
-                resources_per_worker={"CPU": cpus, "GPU": int(gpu)},
+                resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share},
             ),
             run_config=RunConfig(
                 name=notes.name,
                 storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                callbacks=[_stop_on_user_error()],
+                callbacks=[_stop_on_user_error(), *callbacks],
             ),
             validation_config=ValidationConfig(
                 fn=validate_elsewhere,
@@ -388,8 +391,36 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _resources(scale: Scale) -> tuple[bool, int]:
+def share_of_cluster(scale: Scale, concurrent: int | None) -> tuple[Scale, int]:
+    """Return the resources of each of several trainings at once, and how many of them.
+
+    Args:
+        scale: of each.
+        concurrent: how many; None: as there is room for.
+
+    Raises:
+        RaydetError: the cluster is too small.
+    """
+    import ray
+
+    gpu, cpus = _resources(scale, concurrent or 1)
+    total = ray.cluster_resources()
+    workers = scale.workers[1]
+    room = (int(total["CPU"]) - max(1, scale.data_tasks or 1)) // (workers * cpus)
+    if gpu:
+        room = min(room, int(total["GPU"] / scale.gpu_share + 1e-6) // workers)
+    if concurrent is not None and concurrent > room:
+        raise RaydetError(f"tune.concurrent is {concurrent}, but the cluster has room for {room} trials of that scale")
+    resources = {"gpu": gpu, "cpus_per_worker": cpus}
+    return scale.model_copy(update=resources), concurrent or room
+
+
+def _resources(scale: Scale, groups: int = 1) -> tuple[bool, int]:
     """Return whether workers get GPUs, and how many CPUs each; a validation beside them gets as much.
+
+    Args:
+        scale: the workers of a group.
+        groups: at once.
 
     Raises:
         RaydetError: the cluster is too small; Ray would wait for ever.
@@ -399,10 +430,11 @@ def _resources(scale: Scale) -> tuple[bool, int]:
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
     node = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-    fewest, most = (count + scale.async_validation for count in scale.workers)
+    fewest, most = (groups * (count + scale.async_validation) for count in scale.workers)
     what = f"scale.num_workers is {scale.num_workers}{' and scale.async_validation true' * scale.async_validation}"
-    gpu = gpus >= fewest if scale.gpu is None else scale.gpu
-    if gpu and gpus < fewest:
+    what += f", tune.concurrent {groups}" * (groups > 1)
+    gpu = gpus >= fewest * scale.gpu_share if scale.gpu is None else scale.gpu
+    if gpu and gpus < fewest * scale.gpu_share:
         raise RaydetError(f"{what}, but there are {gpus} GPUs; or set scale.gpu=false")
     spare = max(1, scale.data_tasks or 1)
     # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.

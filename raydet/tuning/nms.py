@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from raydet.cluster import connect
+from raydet.cluster import connect, prepare_tune
 from raydet.data import cache
 from raydet.data.index import Index
 from raydet.data.store import Store
@@ -186,8 +185,7 @@ def _on_ray(
     search: Search, work: list[list[Setting]], recipe: Recipe, verbose: bool, tell: Callable[[], None]
 ) -> list[tuple[float, Setting]]:
     """Measure all settings by Ray Tune, a trial for those of one NMS, on every CPU of the cluster."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files that nobody would read
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints a table whatever `verbose` is
+    prepare_tune()
     import ray
     from ray import tune
 

@@ -1,0 +1,99 @@
+"""Shows a sweep while it runs: a table that is redrawn in a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ray import tune
+from rich.live import Live
+
+from raydet.errors import user_error
+from raydet.recipe import Space
+from raydet.tuning.trials import Trial, drawn, folder_name, short, table
+
+_STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "waiting", "ERROR": "failed"}
+_shown: list[Board] = []
+
+
+def _of_this_process() -> Board:
+    return _shown[-1]
+
+
+class Board(tune.Callback):  # type: ignore[misc]
+    """A callback of Ray Tune, and a context manager; one at a time.
+
+    Args:
+        space: of the sweep.
+        watch: the metric.
+        epochs: of a trial.
+        live: redraw a table in the terminal.
+        say: takes lines, without a table.
+    """
+
+    def __init__(self, space: Mapping[str, Space], watch: str, epochs: int, live: bool, say: Callable[[str], Any]):
+        self._space, self._watch, self._epochs, self._say = space, watch, epochs, say
+        self._live = Live(auto_refresh=False) if live else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Board:
+        _shown.append(self)
+        self._stack.callback(_shown.clear)
+        if self._live is not None:
+            self._stack.enter_context(self._live)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray Tune keeps its callbacks with the sweep's state: another start has a terminal of its own.
+        return _of_this_process, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say what it tries."""
+        mine = self._trial(trial)
+        values = "  ".join(f"{key} {short(value)}" for key, value in mine.values.items())
+        self._show(trials, f"{mine.name} starts: {values}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Say what it has measured."""
+        value = result.get(f"val/{self._watch}")
+        line = f"{folder_name(trial.trial_id)}: epoch {result.get('epoch', 0)}/{self._epochs}"
+        self._show(trials, line if value is None else f"{line}  {self._watch} {value:.4f}  ({self._count(trials)})")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that it has ended."""
+        epoch = self._trial(trial).epoch
+        self._show(trials, f"{folder_name(trial.trial_id)}: {self._ended(epoch)} after epoch {epoch}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say why it failed."""
+        error = trial.get_error()
+        self._show(trials, f"{folder_name(trial.trial_id)} failed: {user_error(error) or error}")
+
+    def _show(self, trials: Sequence[Any], line: str) -> None:
+        if self._live is None:
+            self._say(line)
+            return
+        rows = max(3, self._live.console.size.height - 6)
+        shown = table([self._trial(trial) for trial in trials], self._watch, self._epochs, rows)
+        self._live.update(shown, refresh=True)
+
+    def _count(self, trials: Sequence[Any]) -> str:
+        best = min(map(self._trial, trials), key=lambda trial: -(trial.value or 0))
+        states = [trial.status for trial in trials]
+        done = sum(state in ("TERMINATED", "ERROR") for state in states)
+        return f"best so far {best.value or 0:.4f} of {best.name}; {states.count('RUNNING')} running, {done} done"
+
+    def _trial(self, trial: Any) -> Trial:
+        epoch = int((trial.last_result or {}).get("epoch", 0))
+        value = trial.metric_analysis.get(f"val/{self._watch}", {}).get("max")
+        state = _STATES.get(trial.status) or self._ended(epoch)
+        return Trial(folder_name(trial.trial_id), drawn(self._space, trial.config), state, epoch, value)
+
+    def _ended(self, epoch: int) -> str:
+        return "finished" if epoch >= self._epochs else "stopped early"

@@ -1,0 +1,315 @@
+"""`raydet tune`: trainings with settings that Ray Tune chooses, ended early where they fall behind.
+
+A trial is a function of Ray Tune's that starts a training on Ray Train; what its workers measure at the end of each
+epoch goes back to the scheduler and the searcher. Population based training is not offered: it copies checkpoints from
+trial to trial by Ray Tune, which knows none of these, as they lie in the trials' own run folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from torch import nn
+
+from raydet.cluster import connect, prepare_tune
+from raydet.data.formats import load_index
+from raydet.data.index import Index
+from raydet.data.problems import Problems
+from raydet.errors import RaydetError, user_error
+from raydet.recipe import Recipe, Space, Tune, describe, differences, override
+from raydet.recipe import load as load_recipe
+from raydet.training.launch import share_of_cluster, train
+from raydet.training.prepare import make_job
+from raydet.tuning.board import Board
+from raydet.tuning.pictures import draw
+from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, read_trials, to_json
+
+BEST, TRIALS = "best_recipe.yaml", "trials.json"
+_SUFFIX = "-tune"
+_NOTES = "ray"  # Ray Tune's folder in that of the sweep, while it is not finished
+_OWN = ("name", "storage", "tune.", "scale.", "track.", "eval.watch")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep has found.
+
+    Attributes:
+        folder: of the sweep; a folder in it for each trial's run.
+        recipe: the best trial's, for `raydet train`.
+        trials: the best first.
+        pictures: of it.
+        finished_before: the sweep had been finished already, and nothing was done.
+    """
+
+    folder: Path
+    recipe: Path
+    trials: list[Trial]
+    pictures: list[Path]
+    finished_before: bool = False
+
+
+def tune(
+    recipe: str | Path | Recipe,
+    *,
+    model: nn.Module | None = None,
+    loss: nn.Module | None = None,
+    train_data: Index | None = None,
+    val_data: Index | None = None,
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    live: bool = False,
+    say: Callable[[str], Any] = print,
+) -> Sweep:
+    """Train with many settings and find the best, or go on with a sweep that was interrupted.
+
+    Args:
+        recipe: a recipe, the name of a shipped one, or the path of a YAML file; its section `tune` says what to try.
+        model, loss, train_data, val_data: as of `raydet.train`, the same for each trial.
+        overrides: `section.key=value`.
+        verbose: let Ray print what its workers print.
+        live: show a table in the terminal in place of lines.
+        say: takes each line of progress.
+
+    Raises:
+        RaydetError: something in the recipe or the data cannot work, or no trial has.
+        KeyboardInterrupt: it was interrupted.
+    """
+    settings = load_recipe(recipe, overrides)
+    _check_space(settings)
+    if settings.scale.async_validation:  # whose results do not reach Ray Tune
+        say("scale.async_validation is off in a sweep")
+        settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})
+    folder = settings.run_folder.with_name(settings.name + _SUFFIX)
+    _open(folder, settings)
+    space, watch, epochs = settings.tune.space, settings.eval.watch, settings.train.epochs
+    if (folder / BEST).is_file():
+        return Sweep(folder, folder / BEST, read_trials(folder, watch), [], finished_before=True)
+    problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
+    own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
+    train_index = train_data if train_data is not None else load_index(settings.data, "train", problems["train"])
+    val_index = val_data if val_data is not None else load_index(settings.data, "val", problems["val"])
+    loaded = {**own, "train_data": train_index, "val_data": val_index}
+    for split, found in problems.items():
+        if found.messages:
+            say(f"{len(found.messages)} records of the {split} data cannot be used, such as: {found.messages[0]}")
+    make_job(settings, train_index, val_index, model, loss)  # raises what each trial would
+
+    prepare_tune()
+    with ExitStack() as stack:
+        if connect(settings.scale, verbose, groups=settings.tune.concurrent or 1):
+            stack.callback(ray.shutdown)
+        scale, concurrent = share_of_cluster(settings.scale, settings.tune.concurrent)
+        base = settings.model_copy(update={"scale": scale, "storage": str(folder)})
+        trainable = ray_tune.with_parameters(run_trial, base=base, own=own, loaded=loaded)
+        trainable = ray_tune.with_resources(trainable, {"CPU": 0.001})  # it waits for the workers, which have theirs
+        board = stack.enter_context(Board(space, watch, epochs, live, say))
+        notes = folder / _NOTES
+        if any(notes.glob("experiment_state-*.json")):
+            say(f"going on with the sweep in {folder}")
+            tuner = ray_tune.Tuner.restore(str(notes), trainable, resume_unfinished=True, resume_errored=True)
+        else:
+            tuner = _new(trainable, base.tune, watch, epochs, concurrent, settings.seed, notes, board)
+        say(f"trials in {folder}, {concurrent} at once")
+        with _interruptible(say) as interrupted:
+            results = tuner.fit()
+        if interrupted:
+            raise KeyboardInterrupt
+    trials = read_trials(folder, watch)
+    measured = [trial for trial in trials if trial.value is not None]
+    if not measured:
+        errors = [str(user_error(error) or error) for error in results.errors] or ["none has ended an epoch"]
+        raise RaydetError(f"no trial has measured {watch}: {errors[0]}")
+    best = load_recipe(settings, [override(key, value) for key, value in measured[0].values.items()])
+    best = best.model_copy(update={"name": f"{settings.name}-best", "tune": Tune()})
+    pictures = draw(measured, space, watch, folder)
+    _write(folder / TRIALS, to_json(trials))
+    _write(folder / BEST, describe(best))
+    for notes in (folder / _NOTES, *folder.glob(f"trial_*/{_NOTES}")):
+        shutil.rmtree(notes, ignore_errors=True)
+    return Sweep(folder, folder / BEST, trials, pictures)
+
+
+def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Train with the settings that Ray Tune has drawn; it calls this in a process of its own.
+
+    Args:
+        config: the draws.
+        base: the recipe of all trials.
+        own: further arguments of `raydet.train`.
+        loaded: the same with the data that `base` names.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    values = drawn(base.tune.space, config)
+    name = folder_name(ray_tune.get_context().get_trial_id())
+    recipe = load_recipe(base, [override(key, value) for key, value in values.items()])
+    recipe = recipe.model_copy(update={"name": name, "tune": Tune()})
+    same_data = recipe.data.model_copy(update={"image_size": base.data.image_size}) == base.data
+    folder = recipe.run_folder
+    if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
+        shutil.rmtree(folder)  # of a sweep that was killed before it had noted this trial
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / VALUES, json.dumps(values) + "\n")
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        result = train(recipe, **(loaded if same_data else own), callbacks=[TuneReportCallback()], say=_nothing)
+    except Exception as error:
+        _write(folder / ERROR, str(user_error(error) or f"{type(error).__name__}: {error}"))
+        raise
+    if result.finished_before:  # between its end and the note of it, the sweep was killed
+        key = f"val/{recipe.eval.watch}"
+        ray_tune.report({key: result.metrics.get(key, math.nan), "epoch": recipe.train.epochs})
+
+
+def _check_space(settings: Recipe) -> None:
+    """Raise RaydetError if the space is empty, or a setting or a value in it cannot be."""
+    sweep = settings.tune
+    if not sweep.space:
+        raise RaydetError(
+            "tune.space is empty: say what to try, such as tune.space.loss.iou_weight='{loguniform: [1, 10]}'"
+        )
+    if settings.name.endswith(_SUFFIX):
+        raise RaydetError(f"name: {settings.name} ends with {_SUFFIX}, as the folders of sweeps do")
+    if settings.scale.workers[0] != settings.scale.workers[1]:
+        raise RaydetError("scale.num_workers: in a sweep it is one number, so that it is known how many trials fit")
+    for key, among in sweep.space.items():
+        if key.startswith(_OWN):
+            raise RaydetError(f"tune.space: {key} is the same for all trials")
+        if sweep.search == "grid" and among.kind not in ("grid", "choice"):
+            raise RaydetError(f"tune.space: {key}: {among.kind} has no end; with tune.search=grid give grid: [a, b]")
+        if sweep.search == "optuna" and among.kind == "grid":
+            raise RaydetError(f"tune.space: {key}: Optuna tries no grid; give choice: {among.values}")
+        for value in among.values:
+            try:
+                load_recipe(settings, [override(key, value)])
+            except RaydetError as error:
+                raise RaydetError(f"tune.space: {error}") from None
+
+
+def _open(folder: Path, settings: Recipe) -> None:
+    """Make the sweep's folder, or check that it is of the same sweep."""
+    if not settings.name:
+        raise RaydetError("name is empty: the sweep needs one, which its folder gets")
+    told = folder / "recipe.yaml"
+    if told.is_file():
+        earlier = load_recipe(told)
+        changed = differences(settings, earlier)
+        mine, other = settings.tune.model_dump(mode="json"), earlier.tune.model_dump(mode="json")
+        changed += [
+            f"tune.{key}: {other[key]} there, {value} here"
+            for key, value in mine.items()
+            if other[key] != value and key not in ("concurrent", "hours")
+        ]
+        if changed:
+            raise RaydetError(
+                f"{folder} is a sweep with other settings ({'; '.join(changed)}); "
+                "choose another name=…, or remove the folder"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(told, describe(settings))
+    except OSError as error:
+        raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
+
+
+def _new(
+    trainable: Any, sweep: Tune, watch: str, epochs: int, concurrent: int, seed: int, notes: Path, board: Board
+) -> Any:
+    """Return a Tuner of a sweep that begins."""
+    metric = f"val/{watch}"
+    return ray_tune.Tuner(
+        trainable,
+        param_space={key: _domain(among, sweep.search) for key, among in sweep.space.items()},
+        tune_config=ray_tune.TuneConfig(
+            metric=metric,
+            mode="max",
+            num_samples=1 if sweep.search == "grid" else sweep.trials,
+            max_concurrent_trials=concurrent if sweep.search == "optuna" else None,
+            search_alg=_searcher(sweep, concurrent, seed),
+            scheduler=_scheduler(sweep, epochs),
+            time_budget_s=sweep.hours * 3600 if sweep.hours is not None else None,
+        ),
+        run_config=ray_tune.RunConfig(name=notes.name, storage_path=str(notes.parent), callbacks=[board], verbose=0),
+    )
+
+
+def _domain(among: Space, search: str) -> Any:
+    if among.kind in ("grid", "choice"):
+        places = list(range(len(among.values)))
+        return ray_tune.grid_search(places) if "grid" in (among.kind, search) else ray_tune.choice(places)
+    low, high = among.values
+    if among.kind == "integer":
+        return ray_tune.randint(low, high + 1)
+    return ray_tune.loguniform(low, high) if among.kind == "loguniform" else ray_tune.uniform(low, high)
+
+
+def _searcher(sweep: Tune, concurrent: int, seed: int) -> Any:
+    if sweep.search == "optuna":
+        try:
+            from ray.tune.search.optuna import OptunaSearch
+
+            return OptunaSearch(seed=seed)
+        except (ImportError, AssertionError):
+            raise RaydetError("tune.search is optuna, which is not installed: pip install 'raydet[tune]'") from None
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=seed)
+
+
+def _scheduler(sweep: Tune, epochs: int) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+
+    grace = min(sweep.grace_epochs, epochs)
+    if sweep.stop == "none" or grace == epochs:
+        return FIFOScheduler()
+    if sweep.stop == "median":
+        return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
+    brackets = 1 + int(math.log(epochs / grace, sweep.reduction_factor)) if sweep.stop == "hyperband" else 1
+    return AsyncHyperBandScheduler(
+        time_attr="epoch", max_t=epochs, grace_period=grace, reduction_factor=sweep.reduction_factor, brackets=brackets
+    )
+
+
+@contextmanager
+def _interruptible(say: Callable[[str], Any]) -> Iterator[list[int]]:
+    """End the sweep in order on Ctrl-C and SIGTERM, by Ray Tune's own signal for that; a second ends it at once."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        if interrupted or not callable(signal.getsignal(signal.SIGUSR1)):
+            raise KeyboardInterrupt
+        interrupted.append(number)
+        say("ending the sweep; the same command goes on with it")
+        signal.raise_signal(signal.SIGUSR1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _nothing(text: str) -> None:
+    """Say nothing: the table shows what matters."""
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
