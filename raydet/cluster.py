@@ -37,4 +37,5 @@ def prepare_tune() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other prints a table whatever `verbose` is
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # not every epoch ends with a validation
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a recipe may name files and modules of the current folder
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # a driver that is killed forgets no more

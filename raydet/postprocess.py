@@ -1,6 +1,7 @@
 """Post-prediction: decoded predictions → detections [n, 6] = x1, y1, x2, y2, score, class, best first.
 
-Boxes are in pixels of the model's input and are not clipped.
+Boxes are in pixels of the model's input and are not clipped. torchvision, which takes two seconds, is imported by those
+processes only that detect something: neither by the driver of a training nor by Ray Train's controller.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, nms
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.outputs import PPYOLOE, SSD, YOLOX, decoded_of
@@ -97,8 +97,10 @@ class PostPrediction:
         if self.nms_top_k is not None and len(scores) > self.nms_top_k:
             scores, best = scores.topk(self.nms_top_k)
             boxes, labels = boxes[best], labels[best]
+        from torchvision import ops
+
         agnostic = self.class_agnostic_nms
-        kept = nms(boxes, scores, self.iou) if agnostic else batched_nms(boxes, scores, labels, self.iou)
+        kept = ops.nms(boxes, scores, self.iou) if agnostic else ops.batched_nms(boxes, scores, labels, self.iou)
         kept = kept[: self.max_predictions]
         return kept if best is None else best[kept]
 
@@ -144,10 +146,12 @@ class _WithMatrix(PostPrediction):
         """Return the detections [n, 6] that NMS leaves of an image's candidates."""
         if self.nms_type == "iterative":
             return super().suppress(found)
+        from torchvision import ops
+
         boxes, scores, labels = found[:3]
         scores, best = scores.topk(min(self.max_predictions, len(scores)))
         boxes, labels = boxes[best], labels[best]
-        overlap = box_iou(boxes, boxes).triu(1)  # [better, worse]
+        overlap = ops.box_iou(boxes, boxes).triu(1)  # [better, worse]
         if not self.class_agnostic_nms:
             overlap = overlap * (labels[:, None] == labels)
         if len(scores):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.live import Live
 
+from raydet.data.store import Store
 from raydet.errors import user_error
 from raydet.recipe import Space
-from raydet.tuning.trials import Trial, drawn, folder_name, short, table
+from raydet.tuning.trials import ERROR, Trial, drawn, error_of, folder_name, short, table
 
 _STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "waiting", "ERROR": "failed"}
 _shown: list[Board] = []
@@ -30,10 +32,19 @@ class Board(tune.Callback):  # type: ignore[misc]
         epochs: of a trial.
         live: redraw a table in the terminal.
         say: takes lines, without a table.
+        folder: of the sweep.
     """
 
-    def __init__(self, space: Mapping[str, Space], watch: str, epochs: int, live: bool, say: Callable[[str], Any]):
-        self._space, self._watch, self._epochs, self._say = space, watch, epochs, say
+    def __init__(
+        self,
+        space: Mapping[str, Space],
+        watch: str,
+        epochs: int,
+        live: bool,
+        say: Callable[[str], Any],
+        folder: Path,
+    ):
+        self._space, self._watch, self._epochs, self._say, self._folder = space, watch, epochs, say, folder
         self._live = Live(auto_refresh=False) if live else None
         self._stack = ExitStack()
 
@@ -67,13 +78,19 @@ class Board(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that it has ended."""
-        epoch = self._trial(trial).epoch
-        self._show(trials, f"{folder_name(trial.trial_id)}: {self._ended(epoch)} after epoch {epoch}")
+        name, epoch = folder_name(trial.trial_id), self._trial(trial).epoch
+        error = error_of(self._folder / name)
+        self._show(trials, f"{name} failed: {error}" if error else f"{name}: {self._ended(epoch)} after epoch {epoch}")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that it starts again."""
+        self._show(trials, f"{folder_name(trial.trial_id)} starts again: {_error(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why it failed."""
-        error = trial.get_error()
-        self._show(trials, f"{folder_name(trial.trial_id)} failed: {user_error(error) or error}")
+        name, error = folder_name(trial.trial_id), _error(trial)
+        Store(self._folder / name).write(ERROR, error.encode())
+        self._show(trials, f"{name} failed: {error}")
 
     def _show(self, trials: Sequence[Any], line: str) -> None:
         if self._live is None:
@@ -97,3 +114,9 @@ class Board(tune.Callback):  # type: ignore[misc]
 
     def _ended(self, epoch: int) -> str:
         return "finished" if epoch >= self._epochs else "stopped early"
+
+
+def _error(trial: Any) -> str:
+    """Return in a line why a trial of Ray Tune's failed."""
+    error = trial.get_pickled_error() or trial.get_error()
+    return str(user_error(error) or error).strip().splitlines()[-1]

@@ -68,8 +68,7 @@ def _coordinates(trials: Sequence[Trial], space: Mapping[str, Space], watch: str
     axes.axvline(len(space), color="black", linewidth=0.8)
     for share in np.linspace(0, 1, _TICKS):
         axes.text(len(space) + 0.03, share, f"{low + share * (high - low):.4f}", va="center", fontsize=8)
-    best = "  ".join(f"{key} {short(value)}" for key, value in trials[0].values.items())
-    axes.set_title(_plain(f"{len(trials)} trials; dashed: stopped early; red: the best, {best}"), fontsize=9)
+    axes.set_title(f"{len(trials)} trials; dashed: stopped early; red: the best", fontsize=10)
     return figure
 
 
@@ -102,14 +101,14 @@ def _importance(trials: Sequence[Trial], space: Mapping[str, Space], watch: str)
     found = {}
     for key, among in space.items():
         values = [trial.values[key] for trial in trials]
-        if len(trials) < _MIN_TRIALS or len(set(map(str, values))) == 1:
+        if len(trials) < _MIN_TRIALS or len(set(map(str, values))) == 1 or np.ptp(results) == 0:
             found[key] = 0.0
         elif among.kind in ("grid", "choice") and not _are_numbers(among.values):
             found[key] = _correlation_ratio([str(value) for value in values], results)
         else:
             found[key] = float(np.corrcoef(_ranks(np.asarray(values, float)), results)[0, 1])
     keys = sorted(found, key=lambda key: abs(found[key]))
-    figure = _figure(8, 1.5 + 0.5 * len(keys))
+    figure = _figure(9, 2.5 + 0.5 * len(keys))
     axes = figure.subplots()
     axes.barh([_plain(key) for key in keys], [found[key] for key in keys], color="#0072B2")
     for place, key in enumerate(keys):
@@ -134,8 +133,6 @@ def _ranks(values: _Floats) -> _Floats:
 
 def _correlation_ratio(groups: Sequence[str], values: _Floats) -> float:
     """Return the square root of the share of the variance that is between the groups."""
-    if np.ptp(values) == 0:
-        return 0.0
     names, place = np.unique(groups, return_inverse=True)
     means = np.array([values[place == number].mean() for number in range(len(names))])
     return float(np.sqrt(means[place].var() / values.var()))

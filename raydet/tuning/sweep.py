@@ -26,14 +26,15 @@ from raydet.cluster import connect, prepare_tune
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
-from raydet.errors import RaydetError, user_error
+from raydet.data.store import Store, is_uri
+from raydet.errors import RaydetError
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
 from raydet.training.launch import share_of_cluster, train
 from raydet.training.prepare import make_job
 from raydet.tuning.board import Board
 from raydet.tuning.pictures import draw
-from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, read_trials, to_json
+from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, from_json, read_trials, to_json
 
 BEST, TRIALS = "best_recipe.yaml", "trials.json"
 _SUFFIX = "-tune"
@@ -95,7 +96,8 @@ def tune(
     _open(folder, settings)
     space, watch, epochs = settings.tune.space, settings.eval.watch, settings.train.epochs
     if (folder / BEST).is_file():
-        return Sweep(folder, folder / BEST, read_trials(folder, watch), [], finished_before=True)
+        trials = from_json((folder / TRIALS).read_text())
+        return Sweep(folder, folder / BEST, trials, [], finished_before=True)
     problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
     own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
     train_index = train_data if train_data is not None else load_index(settings.data, "train", problems["train"])
@@ -111,31 +113,35 @@ def tune(
         if connect(settings.scale, verbose, groups=settings.tune.concurrent or 1):
             stack.callback(ray.shutdown)
         scale, concurrent = share_of_cluster(settings.scale, settings.tune.concurrent)
-        base = settings.model_copy(update={"scale": scale, "storage": str(folder)})
+        # Ray Train must not replace lost workers: when Ray Tune ends a trial, its workers may be gone before their
+        # controller, and the resources of new ones would never come back. Ray Tune starts such a trial again.
+        scale = scale.model_copy(update={"max_failures": 0})
+        base = _anywhere(settings).model_copy(update={"scale": scale, "storage": str(folder)})
         trainable = ray_tune.with_parameters(run_trial, base=base, own=own, loaded=loaded)
-        trainable = ray_tune.with_resources(trainable, {"CPU": 0.001})  # it waits for the workers, which have theirs
-        board = stack.enter_context(Board(space, watch, epochs, live, say))
+        # A trial waits for its workers, which have their CPUs; a share of one more would be missed by the data tasks.
+        trainable = ray_tune.with_resources(trainable, {"memory": 1})
+        board = stack.enter_context(Board(space, watch, epochs, live, say, folder))
         notes = folder / _NOTES
         if any(notes.glob("experiment_state-*.json")):
             say(f"going on with the sweep in {folder}")
             tuner = ray_tune.Tuner.restore(str(notes), trainable, resume_unfinished=True, resume_errored=True)
         else:
-            tuner = _new(trainable, base.tune, watch, epochs, concurrent, settings.seed, notes, board)
+            tuner = _new(trainable, settings, concurrent, notes, board)
         say(f"trials in {folder}, {concurrent} at once")
         with _interruptible(say) as interrupted:
-            results = tuner.fit()
+            tuner.fit()
         if interrupted:
             raise KeyboardInterrupt
     trials = read_trials(folder, watch)
     measured = [trial for trial in trials if trial.value is not None]
     if not measured:
-        errors = [str(user_error(error) or error) for error in results.errors] or ["none has ended an epoch"]
-        raise RaydetError(f"no trial has measured {watch}: {errors[0]}")
+        why = next((trial.error for trial in trials if trial.error), "none has come so far")
+        raise RaydetError(f"no trial has measured {watch}: {why}")
     best = load_recipe(settings, [override(key, value) for key, value in measured[0].values.items()])
     best = best.model_copy(update={"name": f"{settings.name}-best", "tune": Tune()})
     pictures = draw(measured, space, watch, folder)
-    _write(folder / TRIALS, to_json(trials))
-    _write(folder / BEST, describe(best))
+    Store(folder).write(TRIALS, to_json(trials).encode())
+    Store(folder).write(BEST, describe(best).encode())
     for notes in (folder / _NOTES, *folder.glob(f"trial_*/{_NOTES}")):
         shutil.rmtree(notes, ignore_errors=True)
     return Sweep(folder, folder / BEST, trials, pictures)
@@ -161,16 +167,27 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
         shutil.rmtree(folder)  # of a sweep that was killed before it had noted this trial
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / VALUES, json.dumps(values) + "\n")
+    Store(folder).write(VALUES, (json.dumps(values) + "\n").encode())
     (folder / ERROR).unlink(missing_ok=True)
     try:
         result = train(recipe, **(loaded if same_data else own), callbacks=[TuneReportCallback()], say=_nothing)
-    except Exception as error:
-        _write(folder / ERROR, str(user_error(error) or f"{type(error).__name__}: {error}"))
-        raise
+    except RaydetError as error:  # no new start would cure it
+        Store(folder).write(ERROR, str(error).encode())
+        return
     if result.finished_before:  # between its end and the note of it, the sweep was killed
         key = f"val/{recipe.eval.watch}"
         ray_tune.report({key: result.metrics.get(key, math.nan), "epoch": recipe.train.epochs})
+
+
+def _anywhere(settings: Recipe) -> Recipe:
+    """Return a recipe whose paths do not depend on the current folder, which is another one on another node."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or is_uri(path) else str(Path(path).expanduser().resolve())
+
+    model = settings.model.model_copy(update={"weights": absolute(settings.model.weights)})
+    data = settings.data.model_copy(update={"root": absolute(settings.data.root)})
+    return settings.model_copy(update={"model": model, "data": data})
 
 
 def _check_space(settings: Recipe) -> None:
@@ -219,29 +236,33 @@ def _open(folder: Path, settings: Recipe) -> None:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(told, describe(settings))
+        Store(folder).write(told.name, describe(settings).encode())
     except OSError as error:
         raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
 
 
-def _new(
-    trainable: Any, sweep: Tune, watch: str, epochs: int, concurrent: int, seed: int, notes: Path, board: Board
-) -> Any:
+def _new(trainable: Any, settings: Recipe, concurrent: int, notes: Path, board: Board) -> Any:
     """Return a Tuner of a sweep that begins."""
-    metric = f"val/{watch}"
+    sweep = settings.tune
     return ray_tune.Tuner(
         trainable,
         param_space={key: _domain(among, sweep.search) for key, among in sweep.space.items()},
         tune_config=ray_tune.TuneConfig(
-            metric=metric,
+            metric=f"val/{settings.eval.watch}",
             mode="max",
             num_samples=1 if sweep.search == "grid" else sweep.trials,
             max_concurrent_trials=concurrent if sweep.search == "optuna" else None,
-            search_alg=_searcher(sweep, concurrent, seed),
-            scheduler=_scheduler(sweep, epochs),
+            search_alg=_searcher(sweep, concurrent, settings.seed),
+            scheduler=_scheduler(sweep, settings.train.epochs),
             time_budget_s=sweep.hours * 3600 if sweep.hours is not None else None,
         ),
-        run_config=ray_tune.RunConfig(name=notes.name, storage_path=str(notes.parent), callbacks=[board], verbose=0),
+        run_config=ray_tune.RunConfig(
+            name=notes.name,
+            storage_path=str(notes.parent),
+            failure_config=ray_tune.FailureConfig(max_failures=settings.scale.max_failures),
+            callbacks=[board],
+            verbose=0,
+        ),
     )
 
 
@@ -278,7 +299,12 @@ def _scheduler(sweep: Tune, epochs: int) -> Any:
         return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
     brackets = 1 + int(math.log(epochs / grace, sweep.reduction_factor)) if sweep.stop == "hyperband" else 1
     return AsyncHyperBandScheduler(
-        time_attr="epoch", max_t=epochs, grace_period=grace, reduction_factor=sweep.reduction_factor, brackets=brackets
+        time_attr="epoch",
+        max_t=epochs,
+        grace_period=grace,
+        reduction_factor=sweep.reduction_factor,
+        brackets=brackets,
+        stop_last_trials=False,  # a trial has something to do after its last epoch
     )
 
 
@@ -307,9 +333,3 @@ def _interruptible(say: Callable[[str], Any]) -> Iterator[list[int]]:
 
 def _nothing(text: str) -> None:
     """Say nothing: the table shows what matters."""
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -57,12 +57,17 @@ def read_trials(folder: Path, watch: str) -> list[Trial]:
         run = values.parent
         lines = read_metrics(run)
         measured = [line[f"val/{watch}"] for line in lines if f"val/{watch}" in line]
-        error = (run / ERROR).read_text() if (run / ERROR).is_file() else ""
+        error = error_of(run)
         state = "failed" if error else "finished" if (run / SUMMARY).is_file() else "stopped early"
         epoch = int(max((line["epoch"] for line in lines), default=0))
         value = max(measured, default=None)
         trials.append(Trial(run.name, json.loads(values.read_text()), state, epoch, value, error))
     return sorted(trials, key=_rank)
+
+
+def error_of(run: Path) -> str:
+    """Return why a trial failed; empty: it has not."""
+    return (run / ERROR).read_text() if (run / ERROR).is_file() else ""
 
 
 def table(trials: Sequence[Trial], watch: str, epochs: int, rows: int) -> Table:
@@ -91,6 +96,11 @@ def short(value: Any) -> str:
 def to_json(trials: Sequence[Trial]) -> str:
     """Return the trials as JSON."""
     return json.dumps([asdict(trial) for trial in trials], indent=1) + "\n"
+
+
+def from_json(text: str) -> list[Trial]:
+    """Return the trials that `to_json` has written."""
+    return [Trial(**trial) for trial in json.loads(text)]
 
 
 def _rank(trial: Trial) -> tuple[float, str]:

@@ -200,7 +200,7 @@ def test_ctrl_c_and_the_same_command_again(options, straight):
         printed, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, printed
     assert "stopping after this step, with a checkpoint" in printed
-    assert "goes on from its last checkpoint" in printed
+    assert "goes on when the same command is run again" in printed
     folder = log_of(options, "ctrl-c").parent
     done = [line["step"] for line in metrics_of(folder)][-1]
     assert 3 <= done < STEPS

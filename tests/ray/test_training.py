@@ -1,8 +1,6 @@
 """Training on Ray: one and two workers, interrupted, resumed, refused."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -113,35 +111,3 @@ def test_a_broken_image_stops_the_run_at_once_and_is_named(demo, shapes, tmp_pat
         train(demo, f"data.train_images={images}")
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 60
-
-
-OWN = """
-from torch import nn
-
-from raydet.losses import PPYoloELoss
-from raydet.models import Detector, PPYoloE_S
-
-
-class Mine(PPYoloELoss):
-    def forward(self, outputs, targets):
-        loss, components = super().forward(outputs, targets)
-        return 2 * loss, components
-
-
-def build(num_classes):
-    reference = PPYoloE_S(num_classes)
-    return Detector(reference.backbone, reference.neck, reference.head)
-"""
-
-
-def test_workers_find_a_model_and_a_loss_in_the_folder_that_the_command_is_given_in(demo, tmp_path):
-    (tmp_path / "mypackage").mkdir()
-    (tmp_path / "mypackage" / "mine.py").write_text(OWN)
-    overrides = [*demo, "data.max_num_samples=16", "train.epochs=1", "scale.cpus_per_worker=1"]
-    own = ["model.name=mypackage.mine:build", "loss.name=mypackage.mine:Mine", "data.image_size=64"]
-    command = [sys.executable, "-m", "raydet.cli", "train", "ppyoloe_finetune", *overrides, *own, "name=own"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    first = metrics_of(tmp_path / "runs" / "own")[0]
-    parts = sum(first[f"train/Mine/{name}"] for name in ("loss_cls", "loss_iou", "loss_dfl"))
-    assert first["train/loss"] == pytest.approx(2 * parts, rel=1e-4)

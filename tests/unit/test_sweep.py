@@ -11,7 +11,18 @@ from raydet.errors import RaydetError
 from raydet.recipe import Recipe, Space, load, override
 from raydet.tuning.pictures import COORDINATES, IMPORTANCE, _correlation_ratio, _ranks, draw
 from raydet.tuning.sweep import _domain, _open, _scheduler, tune
-from raydet.tuning.trials import ERROR, SUMMARY, VALUES, Trial, drawn, folder_name, read_trials, table
+from raydet.tuning.trials import (
+    ERROR,
+    SUMMARY,
+    VALUES,
+    Trial,
+    drawn,
+    folder_name,
+    from_json,
+    read_trials,
+    table,
+    to_json,
+)
 
 SPACE = {
     "loss.iou_weight": Space(loguniform=(1, 10)),
@@ -145,21 +156,22 @@ def test_a_folder_is_of_one_sweep(tmp_path):
 
 
 def make_trials(folder):
-    for number, (values, finished, error) in enumerate([((0.1, 0.3), True, ""), ((0.2,), False, ""), ((), False, "x")]):
+    for number, (values, finished) in enumerate([((0.1, 0.3), True), ((0.2,), False), ((), False)]):
         run = folder / folder_name(f"1f3a_{number:05}")
         run.mkdir(parents=True)
         (run / VALUES).write_text(json.dumps({"train.lr": 0.1 * (number + 1)}))
         lines = [json.dumps({"step": n, "epoch": n, "val/mAP@0.50": value}) for n, value in enumerate(values, start=1)]
         (run / "metrics.jsonl").write_text("\n".join(lines))
+        if not values:
+            (run / ERROR).write_text("x")
         if finished:
             (run / SUMMARY).write_text("{}")
-        if error:
-            (run / ERROR).write_text(error)
 
 
 def test_trials_are_read_from_their_folders_the_best_first(tmp_path):
     make_trials(tmp_path)
     trials = read_trials(tmp_path, "mAP@0.50")
+    assert from_json(to_json(trials)) == trials
     assert [(trial.name, trial.state, trial.epoch, trial.value, trial.error) for trial in trials] == [
         ("trial_00000", "finished", 2, 0.3, ""),
         ("trial_00001", "stopped early", 1, 0.2, ""),
@@ -202,4 +214,3 @@ def test_correlations_by_hand():
     assert _ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     assert _correlation_ratio(["a", "a", "b", "b"], np.array([1.0, 1.0, 2.0, 2.0])) == 1
     assert _correlation_ratio(["a", "b", "a", "b"], np.array([1.0, 1.0, 2.0, 2.0])) == 0
-    assert _correlation_ratio(["a", "b"], np.array([1.0, 1.0])) == 0
