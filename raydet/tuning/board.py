@@ -45,7 +45,8 @@ class Board(tune.Callback):  # type: ignore[misc]
         folder: Path,
     ):
         self._space, self._watch, self._epochs, self._say, self._folder = space, watch, epochs, say, folder
-        self._live = Live(auto_refresh=False) if live else None
+        self._live = Live(auto_refresh=False, transient=True) if live else None
+        self._drawn: list[Trial] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Board:
@@ -66,7 +67,7 @@ class Board(tune.Callback):  # type: ignore[misc]
         """Say what it tries."""
         mine = self._trial(trial)
         values = "  ".join(f"{key} {short(value)}" for key, value in mine.values.items())
-        self._show(trials, f"{mine.name} starts: {values}")
+        self._tell(f"{mine.name} starts: {values}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -74,31 +75,35 @@ class Board(tune.Callback):  # type: ignore[misc]
         """Say what it has measured."""
         value = result.get(f"val/{self._watch}")
         line = f"{folder_name(trial.trial_id)}: epoch {result.get('epoch', 0)}/{self._epochs}"
-        self._show(trials, line if value is None else f"{line}  {self._watch} {value:.4f}  ({self._count(trials)})")
+        self._tell(line if value is None else f"{line}  {self._watch} {value:.4f}  ({self._count(trials)})")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that it has ended."""
         name, epoch = folder_name(trial.trial_id), self._trial(trial).epoch
         error = error_of(self._folder / name)
-        self._show(trials, f"{name} failed: {error}" if error else f"{name}: {self._ended(epoch)} after epoch {epoch}")
+        self._tell(f"{name} failed: {error}" if error else f"{name}: {self._ended(epoch)} after epoch {epoch}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that it starts again."""
-        self._show(trials, f"{folder_name(trial.trial_id)} starts again: {_error(trial)}")
+        self._tell(f"{folder_name(trial.trial_id)} starts again: {_error(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why it failed."""
         name, error = folder_name(trial.trial_id), _error(trial)
         Store(self._folder / name).write(ERROR, error.encode())
-        self._show(trials, f"{name} failed: {error}")
+        self._tell(f"{name} failed: {error}")
 
-    def _show(self, trials: Sequence[Any], line: str) -> None:
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Draw the table anew if anything has changed."""
+        now = [self._trial(trial) for trial in trials]
+        if self._live is not None and now != self._drawn:
+            self._drawn = now
+            rows = max(3, self._live.console.size.height - 6)
+            self._live.update(table(now, self._watch, self._epochs, rows), refresh=True)
+
+    def _tell(self, line: str) -> None:
         if self._live is None:
             self._say(line)
-            return
-        rows = max(3, self._live.console.size.height - 6)
-        shown = table([self._trial(trial) for trial in trials], self._watch, self._epochs, rows)
-        self._live.update(shown, refresh=True)
 
     def _count(self, trials: Sequence[Any]) -> str:
         best = min(map(self._trial, trials), key=lambda trial: -(trial.value or 0))
