@@ -46,8 +46,11 @@ def read_results(path: Path, index: Index) -> CocoEvaluation:
     """
     try:
         entries = json.loads(path.read_text())
-        columns = {key: np.array([entry[key] for entry in entries]) for key in ("image_id", "category_id", "score")}
-        boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+        columns = {key: np.array([entry[key] for entry in entries], int) for key in ("image_id", "category_id")}
+        scores = np.array([entry["score"] for entry in entries], float)
+        boxes = np.array([entry["bbox"] for entry in entries], float).reshape(len(entries), 4)
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError("a score or a side of a box is not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RaydetError(
             f"{path} is not COCO's results, a list of {{image_id, category_id, bbox, score}}: "
@@ -62,7 +65,7 @@ def read_results(path: Path, index: Index) -> CocoEvaluation:
         np.argsort(values)[np.searchsorted(np.sort(values), columns[key])] if len(entries) else np.empty(0, int)
         for key, values in known.items()
     )
-    found = np.column_stack((xywh_to_xyxy(boxes), columns["score"], labels)) if len(entries) else np.empty((0, 6))
+    found = np.column_stack((xywh_to_xyxy(boxes), scores, labels)) if len(entries) else np.empty((0, 6))
     evaluation = CocoEvaluation(index)
     evaluation.update(range(len(index)), [found[rows == row] for row in range(len(index))])
     return evaluation

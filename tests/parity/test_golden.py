@@ -1,12 +1,16 @@
 """What the original implementations compute, from the shared reference numbers."""
 
+import contextlib
 import copy
 import importlib.util
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from raydet import losses, models, postprocess
 from raydet.anchors import ssd_default_boxes
@@ -204,8 +208,9 @@ def test_pixels_are_the_reference_s(shared):
         assert place(*index.size(row), (416, 416), "pad_bottom_right").scale == (ratio, ratio)
 
 
-def test_yolox_nano_on_coco_mini(shared):
-    """The reference's AP: score >= 0.001, best class a point, NMS 0.65 a class, 300 a picture."""
+def test_yolox_nano_on_coco_mini(shared, tmp_path):
+    """The reference's AP: score >= 0.001, best class a point, NMS 0.65 a class, 300 a picture; and the COCO API's
+    twelve numbers of the same detections, from the data set's own file."""
     metrics = evaluate(
         shared / "weights/yolox_nano/yolox_nano_coco.pth",
         recipe="coco2017_yolox_n",
@@ -213,7 +218,15 @@ def test_yolox_nano_on_coco_mini(shared):
         debug=True,
         device="cpu",
         say=lambda text: None,
+        out=tmp_path,
     )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(shared / "data/coco_mini/annotations/instances_val2017.json"))
+        official = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
+        official.evaluate()
+        official.accumulate()
+        official.summarize()
+    assert [metrics[name] for name in TWELVE] == pytest.approx(official.stats.tolist(), abs=1e-12)
     assert metrics["mAP@0.50:0.95"] == pytest.approx(0.3063, abs=0.0005)
     assert metrics["mAP@0.50"] == pytest.approx(0.4603, abs=0.0005)
     assert metrics["mAP@0.75"] == pytest.approx(0.3266, abs=0.0005)

@@ -11,6 +11,8 @@ import pytest
 from raydet.recipe import load, shipped
 from tests.command import raydet
 
+COMMANDS = ("train", "tune", "tune-nms", "evaluate", "predict", "plot", "inspect", "ingest", "recipes")
+
 
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory):
@@ -27,14 +29,14 @@ def test_help_names_every_command_and_imports_nothing_slow():
         [sys.executable, "-X", "importtime", "-m", "raydet.cli", "--help"], capture_output=True, text=True, check=False
     )
     assert imported.returncode == 0
-    for command in ("train", "evaluate", "predict", "recipes"):
+    for command in COMMANDS:
         assert command in imported.stdout
     modules = {line.rpartition("|")[2].strip() for line in imported.stderr.splitlines()}
     assert "raydet.cli" in modules or "raydet" in modules
     assert not modules & {"torch", "ray", "cv2", "pyarrow", "pydantic"}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "recipes"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_s_help_has_an_example(command):
     assert "Example: raydet " in raydet(command, "--help").stdout
 
@@ -56,6 +58,19 @@ def test_training_ends_with_a_table_the_folder_and_what_comes_next(run, shapes):
     sheet = cv2.imread(str(folder / "images" / "validation.jpg"))
     assert sheet is not None
     assert sheet.std() > 10
+
+
+def test_evaluate_leaves_files_which_it_evaluates_too(run, shapes, tmp_path):
+    folder, _ = run
+    first = raydet("evaluate", folder, "--debug", "--device", "cpu", "--out", tmp_path / "one")
+    assert first.returncode == 0, first.stderr
+    data = ["--recipe", "demo", f"data.root={shapes}", "data.max_num_samples=64"]
+    again = raydet("evaluate", tmp_path / "one" / "detections.json", *data, "--out", tmp_path / "two")
+    assert again.returncode == 0, again.stderr
+    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert ours == theirs
+    assert f"{ours['mAP@0.50:0.95']:.4f}" in first.stdout
+    assert len(list((tmp_path / "one").glob("*.png"))) == 5
 
 
 def test_predict_writes_pictures_and_coco_results(run, shapes, tmp_path):
@@ -97,6 +112,8 @@ def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tm
         (["train", "demo", "data.root={shapes}", "model.num_classes=80"], "but the data has 5 classes"),
         (["train", "demo", "data.root={shapes}", "--device", "cpu"], "--device goes with --debug"),
         (["evaluate", "/nowhere"], "/nowhere: no such file or folder"),
+        (["tune", "coco2017_yolox_s"], "tune.space is empty: say what to try"),
+        (["tune-nms", "/nowhere"], "/nowhere: no such file or folder"),
         (["predict", "/nowhere", "{shapes}/val"], "/nowhere"),
         (["recipes", "coco2017_yolox_q"], "did you mean coco2017_yolox_"),
     ],
