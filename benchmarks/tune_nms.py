@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--naive", type=int, default=5, help="settings that the naive way is timed on")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    import torchvision.ops  # noqa: F401 - both use it
+
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "candidates.parquet")
         index = make(options.images, file)

@@ -7,6 +7,7 @@ settings that differ in no more than that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,8 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "multi_label": (False, True),
     "class_agnostic": (False, True),
 }
+_AFTER_NMS = ("score", "max_detections")  # a tenth of the work: each NMS is measured with several
+_FOR_EACH_NMS = 4
 RESAMPLES = 300
 _CONFIDENCE = 0.95
 
@@ -168,10 +171,16 @@ class Search:
 def groups(trials: int, default: Setting, seed: int) -> list[list[Setting]]:
     """Return the default and others drawn from `SPACE`, no two the same: `trials` in all, those of one NMS together."""
     rng = np.random.default_rng(seed)
+
+    def draw(names: Iterable[str]) -> dict[str, Any]:
+        return {name: SPACE[name][rng.integers(len(SPACE[name]))] for name in names}
+
     drawn = {default: None}
     most = int(np.prod([len(values) for values in SPACE.values()]))
     while len(drawn) < min(trials, most):
-        drawn[Setting(**{name: values[rng.integers(len(values))] for name, values in SPACE.items()})] = None
+        nms = draw(name for name in SPACE if name not in _AFTER_NMS)
+        for _ in range(min(_FOR_EACH_NMS, trials - len(drawn))):
+            drawn[Setting(**nms, **draw(_AFTER_NMS))] = None
     together: dict[tuple[Any, ...], list[Setting]] = {}
     for setting in drawn:
         key = (setting.iou, setting.nms_top_k, setting.multi_label, setting.class_agnostic)
