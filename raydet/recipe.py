@@ -378,6 +378,13 @@ class Track(Section):
         None, ge=1, description="steps from one checkpoint within an epoch to the next; null: see checkpoint_minutes"
     )
     checkpoint_minutes: float | None = Field(30.0, gt=0, description="the same in minutes; null: none")
+    wandb: bool = Field(
+        False,
+        description="metrics and recipe to Weights & Biases too; key and mode are in the environment: WANDB_API_KEY, "
+        "WANDB_MODE=offline",
+    )
+    wandb_project: str = Field("raydet", description="its project there")
+    wandb_group: str | None = Field(None, description="runs shown as one; null: the trials of a sweep are")
 
 
 class Space(Section):

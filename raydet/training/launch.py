@@ -27,6 +27,7 @@ from raydet.predict import pick_device
 from raydet.recipe import Recipe, Scale
 from raydet.recipe import load as load_recipe
 from raydet.results import read_results, write_evaluation
+from raydet.tracking.weights_and_biases import tracked
 from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
 from raydet.training.evaluate import restored
@@ -121,7 +122,9 @@ def train(
     if debug:
         world = LocalWorld(job, *streams, device=pick_device(device))
         world.show_first_batch(say)
-        ended = train_loop(job, world, RunLog(folder, echo=say))
+        log = RunLog(folder, echo=say)
+        with tracked(job, log, rank=0):
+            ended = train_loop(job, world, log)
     else:
         table = LiveTable(settings.train.epochs, job.total_steps) if live else None
         ended = _on_ray(train_worker, job, streams, verbose, say, table, callbacks)

@@ -148,6 +148,7 @@ class RunLog:
     def __init__(self, folder: Path, echo: Callable[[str], Any] | None = None):
         self._folder = folder
         self._echo = echo
+        self.tracker: Callable[[Mapping[str, float]], Any] | None = None  # gets each line of metrics too
         folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, step: int) -> None:
@@ -163,6 +164,8 @@ class RunLog:
         """Append a line of metrics; what is not finite is left out, as JSON has no such numbers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._append("metrics.jsonl", json.dumps(finite))
+        if self.tracker is not None:
+            self.tracker(finite)
 
     def left_out(self, problems: Mapping[str, Problems]) -> None:
         """List the records of each split that cannot be used."""

@@ -18,6 +18,7 @@ from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import user_error
 from raydet.outputs import shapes
 from raydet.predict import pick_device
+from raydet.tracking.weights_and_biases import tracked
 from raydet.training import checkpoint
 from raydet.training.evaluate import evaluate as detect
 from raydet.training.evaluate import metrics_of
@@ -159,7 +160,9 @@ def train_worker(given: dict[str, Any]) -> Ended:
     log = _worker_log(job)
     stacks = job.folder / f"hang_rank_{ray.train.get_context().get_world_rank()}.txt"
     with Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say) as watchdog:
-        return train_loop(job, RayWorld(job, given["sources"], given["data_tasks"], watchdog.beat), log)
+        world = RayWorld(job, given["sources"], given["data_tasks"], watchdog.beat)
+        with tracked(job, log, world.rank):
+            return train_loop(job, world, log)
 
 
 def evaluation_worker(given: dict[str, Any]) -> bytes | None:

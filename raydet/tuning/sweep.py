@@ -116,7 +116,9 @@ def tune(
         # Ray Train must not replace lost workers: when Ray Tune ends a trial, its workers may be gone before their
         # controller, and the resources of new ones would never come back. Ray Tune starts such a trial again.
         scale = scale.model_copy(update={"max_failures": 0})
-        base = _anywhere(settings).model_copy(update={"scale": scale, "storage": str(folder)})
+        track = settings.track.model_copy(update={"wandb_group": settings.track.wandb_group or folder.name})
+        shared = {"scale": scale, "track": track, "storage": str(folder)}
+        base = _anywhere(settings).model_copy(update=shared)
         trainable = ray_tune.with_parameters(run_trial, base=base, own=own, loaded=loaded)
         # A trial waits for its workers, which have their CPUs; a share of one more would be missed by the data tasks.
         trainable = ray_tune.with_resources(trainable, {"memory": 1})

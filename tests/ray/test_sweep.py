@@ -64,8 +64,10 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     assert sorted(tried) == [(1, 1), (1, 3), (1000, 1), (1000, 3)]
     for trial in sweep.trials:
         assert json.loads((folder / trial.name / "witness.json").read_text()) == trial.values
-        losses = load(folder / trial.name / "recipe.yaml").loss
-        assert {"loss.iou_weight": losses.iou_weight, "loss.cls_weight": losses.cls_weight} == trial.values
+        recipe = load(folder / trial.name / "recipe.yaml")
+        weights = {"loss.iou_weight": recipe.loss.iou_weight, "loss.cls_weight": recipe.loss.cls_weight}
+        assert weights == trial.values
+        assert recipe.track.wandb_group == "weights-tune"
     values = [trial.value for trial in sweep.trials]
     assert len(set(values)) == 4
     assert values == sorted(values, reverse=True)
