@@ -44,6 +44,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="in this process, without R
 Device = Annotated[
     str | None, typer.Option("--device", help="such as cuda:1 or cpu [default: the first GPU, or else the CPU]")
 ]
+Score = Annotated[float, typer.Option("--score", help="lowest score of a detection", min=0, max=1)]
+IoU = Annotated[
+    float | None,
+    typer.Option("--iou", help="of two boxes that overlap more the better stays [default: the checkpoint's]", max=1),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="show what Ray and its workers print")]
 
 
@@ -71,6 +76,7 @@ def train(
     from raydet.data.problems import Problems
     from raydet.data.store import is_uri
     from raydet.recipe import load
+    from raydet.report import report as report_of_run
     from raydet.training.display import summary
     from raydet.training.launch import train as run
     from raydet.training.pictures import draw_validation
@@ -88,6 +94,8 @@ def train(
     for line in summary(result.folder):
         _say(line)
     _say(f"curves: {result.folder / 'images' / 'metrics.png'}")
+    if not result.finished_before:
+        _say(f"report: {report_of_run(result.folder)}")
     _say(f"run folder: {result.folder}")
     _say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
@@ -246,58 +254,96 @@ def plot(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
+    out: Annotated[Path | None, typer.Option("--out", help="the page", show_default="RUN/report.html")] = None,
+) -> None:
+    """Write a run's report: one HTML page with curves, metrics, classes, worst and best images, and its recipe.
+
+    Example: raydet report runs/demo
+    """
+    from raydet.report import report as write
+
+    _say(f"report: {write(run, out)}")
+
+
+@app.command()
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
-    source: Annotated[Path, typer.Argument(help="image, or folder of images")],
-    out: Annotated[Path, typer.Option("--out", help="folder for the pictures and detections.json")] = Path(
-        "predictions"
-    ),
-    score: Annotated[float, typer.Option("--score", help="lowest score of a detection", min=0, max=1)] = 0.25,
+    source: Annotated[
+        str, typer.Argument(help="image, folder of images, pattern, video, http(s) address, or number of a camera")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "--save", help="folder for the pictures or the video, and detections.json")
+    ] = Path("predictions"),
+    score: Score = 0.25,
+    iou: IoU = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
     device: Device = None,
 ) -> None:
-    """Detect in images: pictures with boxes, and a COCO results JSON.
+    """Detect in images or a video: pictures or a video with boxes, and a COCO results JSON.
 
-    Where all names are numbers, no two the same, they are the image_ids, as in COCO; else the images are numbered in
-    order. file_name says which is which.
+    Where all names are numbers, no two the same, they are the image_ids, as in COCO; else the images, or frames, are
+    numbered in order from 1. file_name says which is which. Images that cannot be read are left out and listed; exit
+    code 1 says that none could be.
 
     Example: raydet predict runs/demo photos/ --score 0.4
     """
-    import json
+    from raydet.predict import load
+    from raydet.predictions import open_target, save
 
-    import cv2
-    from rich.progress import track
-
-    from raydet.predict import IMAGE_SUFFIXES, image_files, load, predict_files
-
-    root = source if source.is_dir() else source.parent
-    files = image_files(source)
-    if root.resolve() in out.resolve().parents:  # what an earlier call drew is no image to detect in
-        files = [path for path in files if out.resolve() not in path.resolve().parents]
-        if not files:
-            raise RaydetError(f"{source}: no images in it but those in {out}, which are raydet's own")
-    if out.resolve() == root.resolve():
-        raise RaydetError(f"--out {out} is the folder of the images, which the pictures would replace")
+    target = open_target(source, out)
     predictor = load(checkpoint, device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RaydetError(f"--out {out}: cannot be made ({error.strerror})") from None
-    numbered = len({int(path.stem) for path in files if path.stem.isdecimal()}) == len(files)
-    results = []
-    found = predict_files(predictor, files, score)
-    for number, (path, image, detections) in enumerate(track(found, "detecting", total=len(files)), start=1):
-        image_id = int(path.stem) if numbered else number
-        name = path.relative_to(root)
-        picture = out / name
-        if picture.suffix.lower() not in IMAGE_SUFFIXES:
-            picture = picture.with_suffix(".jpg")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(picture), predictor.draw(image, detections))
-        results += [{**entry, "file_name": str(name)} for entry in predictor.to_coco(detections, image_id)]
-    partial = out / "detections.json.partial"
-    partial.write_text(json.dumps(results))
-    partial.replace(out / "detections.json")
-    _say(f"{len(results)} detections in {len(files)} images; pictures and detections.json in {out}")
+    found = save(predictor.stream(target.source, score, iou, batch_size), target)
+    for name, reason in found.failed.items():
+        _say(f"not done: {name}: {reason}")
+    _say(found.summary)
+    if not found.images:
+        raise typer.Exit(1)
+
+
+@app.command("batch-predict")
+def batch_predict(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    source: Annotated[str, typer.Argument(help="folder of images: s3://…, gs://… or a path that all nodes share")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the detections, likewise")],
+    form: Annotated[
+        str, typer.Option("--format", help="parquet, or coco: a COCO results JSON besides", metavar="FORMAT")
+    ] = "parquet",
+    score: Score = 0.25,
+    iou: IoU = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    shard_images: Annotated[
+        int, typer.Option("--shard-images", help="images of a file of detections: what is lost when killed", min=1)
+    ] = 128,
+    actors: Annotated[
+        int | None, typer.Option("--actors", help="models at once [default: one for each GPU, or else each CPU]", min=1)
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Detect in any number of images on Ray, from and to a disk or an object store.
+
+    OUT gets Parquet files with a row for each image: boxes, scores, classes, or why it could not be read. The same
+    command again goes on where it was interrupted.
+
+    Example: raydet batch-predict runs/demo s3://bucket/photos s3://bucket/found --format coco
+    """
+    from raydet.batch_predict import batch_predict as run
+
+    summary = run(
+        checkpoint,
+        source,
+        out,
+        form=form,
+        conf=score,
+        iou=iou,
+        batch_size=batch_size,
+        shard_images=shard_images,
+        actors=actors,
+        verbose=verbose,
+        say=_say,
+    )
+    _say(str(summary))
 
 
 @app.command()

@@ -195,7 +195,8 @@ def counts(matches: Matches, thresholds: Floats, weights: Floats | None = None) 
     times = np.ones(len(cell)) if weights is None else weights
 
     def count(which: Bools) -> Floats:
-        tables = np.stack([np.bincount(cell[row], times[row], size) for row in which]).reshape(-1, classes, steps + 1)
+        tables = np.stack([np.bincount(cell[row], times[row], size) for row in which])
+        tables = tables.reshape(len(which), classes, steps + 1)
         return tables[:, :, ::-1].cumsum(2)[:, :, ::-1][:, :, 1:]
 
     return count(matches.right), count(~(matches.right | matches.ignored))

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import torch
 from torch import nn
 
 from raydet.boxes import place, xyxy_to_xywh
-from raydet.data.render import imread, letterbox
+from raydet.data.render import letterbox
 from raydet.errors import RaydetError
 from raydet.models import Detector
+from raydet.recipe import Eval
+from raydet.sources import Image, Picture, Source, in_memory, open_source
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Config
 from raydet.training.evaluate import post_prediction
-from raydet.visualization import draw_boxes
+from raydet.visualization import draw_boxes, write_picture, write_video
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """What was found in an image, best first.
 
@@ -32,13 +37,142 @@ class Detections:
         boxes: float32 [n, 4] xyxy in pixels of the image.
         scores: float32 [n].
         labels: int64 [n].
-        names: class name of each.
+        config: of the model: names and ids of the classes.
+        picture: the image; a file is read again when its pixels are asked for.
     """
 
     boxes: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
-    names: tuple[str, ...]
+    config: Config = field(repr=False)
+    picture: Picture = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class name of each."""
+        return tuple(self.config.class_names[label] for label in self.labels)
+
+    @property
+    def image(self) -> Image:
+        """The image, uint8 [H, W, 3] RGB."""
+        return np.ascontiguousarray(self.picture.read()[:, :, ::-1])
+
+    def draw(self) -> Image:
+        """Return the image with the boxes, uint8 [H, W, 3] RGB."""
+        return np.ascontiguousarray(self.draw_bgr()[:, :, ::-1])
+
+    def draw_bgr(self) -> Image:
+        """Return the same in OpenCV's order of colours."""
+        labels, scores = self.labels.tolist(), self.scores.tolist()
+        return draw_boxes(self.picture.read(), self.boxes, labels, self.config.class_names, scores)
+
+    def save(self, path: str | Path) -> None:
+        """Write the image with the boxes, in the format that the name's ending says.
+
+        Raises:
+            RaydetError: it cannot be written.
+        """
+        write_picture(Path(path), self.draw_bgr())
+
+    def show(self) -> None:
+        """Open the image with the boxes in a viewer, or below a notebook's cell."""
+        PIL.Image.fromarray(self.draw()).show()
+
+    def to_coco(self, image_id: int | None = None) -> list[dict[str, Any]]:
+        """Return them as COCO's results, in the category ids of the data set the model was trained on.
+
+        Args:
+            image_id: of the image; None: the number that its file is named by, as COCO's are, or 0.
+        """
+        if image_id is None:
+            stem = Path(self.picture.name).stem
+            image_id = int(stem) if stem.isdecimal() else 0
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.config.category_ids[label],
+                "bbox": [round(value, 3) for value in box],
+                "score": round(score, 5),
+            }
+            for label, box, score in zip(
+                self.labels.tolist(), xyxy_to_xywh(self.boxes).tolist(), self.scores.tolist(), strict=True
+            )
+        ]
+
+
+class Found(list[Detections]):
+    """Detections of many images, in order.
+
+    Attributes:
+        failed: images that could not be read, which are left out: name → what is wrong.
+    """
+
+    def __init__(self, found: Iterable[Detections], failed: Mapping[str, str]):
+        super().__init__(found)
+        self.failed = dict(failed)
+
+
+class Stream:
+    """Detections of a source, made as they are asked for; each iteration begins anew.
+
+    Args:
+        predictor: detects.
+        source: of the pictures.
+        thresholds: what counts as a detection.
+        batch_size: images at once.
+
+    Attributes:
+        source: of the pictures.
+        failed: images of the last iteration that could not be read: name → what is wrong.
+    """
+
+    def __init__(self, predictor: Predictor, source: Source, thresholds: Eval, batch_size: int):
+        self.source = source
+        self.failed: dict[str, str] = {}
+        self._predictor = predictor
+        self._thresholds = thresholds
+        # Those who watch a camera do not wait for a batch.
+        self._batch_size = 1 if any(video.is_camera for video in source.videos) else batch_size
+
+    def __iter__(self) -> Iterator[Detections]:
+        """Yield what is found; an image that cannot be read is left out with a warning, a single one is an error.
+
+        Raises:
+            RaydetError: the one image cannot be read.
+        """
+        for picture, image, found in self.found():
+            yield replace(found, picture=in_memory(picture.name, image))
+
+    def found(self) -> Iterator[tuple[Picture, Image, Detections]]:
+        """Yield each picture, its pixels in BGR and its detections, which do not hold the pixels; errors as above."""
+        self.failed.clear()
+        pictures = self._read()
+        while batch := list(islice(pictures, self._batch_size)):
+            for (picture, image), found in zip(batch, self._predictor.detect(batch, self._thresholds), strict=True):
+                yield picture, image, found
+
+    def save(self, path: str | Path) -> None:
+        """Write a video, .mp4, with the boxes on its frames: of the same size, and as many a second.
+
+        Raises:
+            RaydetError: the source is no single video, or the file cannot be written.
+        """
+        if len(self.source.parts) != 1 or not self.source.videos:
+            raise RaydetError(f"{path}: only the detections of one video are saved as a video")
+        write_video(Path(path), (found.draw_bgr() for found in self), self.source.videos[0].fps)
+
+    def _read(self) -> Iterator[tuple[Picture, Image]]:
+        for picture in self.source:
+            try:
+                yield picture, picture.read()
+            except RaydetError as error:
+                if self.source.is_single:
+                    raise
+                self.failed[picture.name] = str(error)
+                logger.warning("left out: %s", error)
 
 
 class Predictor:
@@ -55,47 +189,80 @@ class Predictor:
         self.config = config
         self.device = device
 
-    @torch.no_grad()
-    def predict(self, images: Sequence[npt.NDArray[np.uint8]], conf: float | None = None) -> list[Detections]:
-        """Detect in images, uint8 [H, W, 3] BGR of any size; `conf` replaces the checkpoint's lowest score."""
-        size, resize = self.config.image_size, self.config.preprocessing.resize
-        batch = np.stack([letterbox(image, size, resize) for image in images])
-        thresholds = self.config.thresholds
-        if conf is not None:
-            thresholds = thresholds.model_copy(update={"score": conf})
-        pixels = self.config.preprocessing(torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device))
-        results = []
-        for image, found in zip(images, post_prediction(self.model, thresholds)(self.model(pixels)), strict=True):
-            height, width = image.shape[:2]
-            rows = found.cpu().numpy()
-            labels = rows[:, 5].astype(np.int64)
-            results.append(
-                Detections(
-                    place(width, height, size, resize).undo(rows[:, :4]),
-                    rows[:, 4],
-                    labels,
-                    tuple(self.config.class_names[label] for label in labels),
-                )
-            )
-        return results
+    def predict(
+        self, source: Any, conf: float | None = None, iou: float | None = None, batch_size: int = 16
+    ) -> Detections | Found | Stream:
+        """Detect in anything that shows something.
 
-    def draw(self, image: npt.NDArray[np.uint8], found: Detections) -> npt.NDArray[np.uint8]:
-        """Return a copy of an image with its detections on it."""
-        return draw_boxes(image, found.boxes, found.labels.tolist(), self.config.class_names, found.scores.tolist())
+        Args:
+            source: path of an image, a folder (and those below), a pattern such as `photos/*.jpg`, an address http://…
+                or https://… of an image or a video, path of a video, number of a camera, array uint8 [H, W, 3] in RGB
+                (an image of OpenCV's is BGR: give `image[:, :, ::-1]`), PIL image, tensor uint8 [3, H, W] or
+                [B, 3, H, W] in RGB, or a list of any of these. What a camera noted of its orientation is applied to
+                files and PIL images.
+            conf: lowest score, in place of the checkpoint's.
+            iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
+            batch_size: images at once.
 
-    def to_coco(self, found: Detections, image_id: int) -> list[dict[str, Any]]:
-        """Return detections as COCO's results, in the category ids of the data set the model was trained on."""
+        Returns:
+            Of one image its `Detections`; of many a list of them, in which `failed` says which files could not be
+            read; of a video, or a list with one in it, a `Stream`, which reads frames as it is iterated.
+
+        Raises:
+            RaydetError: there is nothing of the kind, or the one image cannot be read.
+        """
+        stream = self.stream(source, conf, iou, batch_size)
+        if stream.source.videos:
+            return stream
+        if stream.source.is_single:
+            return next(iter(stream))
+        found = [detections for _, _, detections in stream.found()]  # whose pixels would fill the memory
+        return Found(found, stream.failed)
+
+    def stream(self, source: Any, conf: float | None = None, iou: float | None = None, batch_size: int = 16) -> Stream:
+        """Return the detections of any number of images or frames, made as they are asked for.
+
+        Arguments and errors are those of `predict`.
+        """
+        opened = source if isinstance(source, Source) else open_source(source)
+        return Stream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
+
+    def fit(self, image: Image) -> Image:
+        """Return an image [H, W, 3] BGR fitted into the model's input, uint8 [h, w, 3] BGR."""
+        return letterbox(image, self.config.image_size, self.config.preprocessing.resize)
+
+    def detect(self, batch: Sequence[tuple[Picture, Image]], thresholds: Eval) -> list[Detections]:
+        """Detect in a batch of pictures, each with its pixels, uint8 [H, W, 3] BGR."""
+        sizes = [(image.shape[1], image.shape[0]) for _, image in batch]
+        rows = self.detect_fitted([self.fit(image) for _, image in batch], sizes, thresholds)
         return [
-            {
-                "image_id": image_id,
-                "category_id": self.config.category_ids[label],
-                "bbox": [round(value, 3) for value in box],
-                "score": round(score, 5),
-            }
-            for label, box, score in zip(
-                found.labels.tolist(), xyxy_to_xywh(found.boxes).tolist(), found.scores.tolist(), strict=True
-            )
+            Detections(found[:, :4], found[:, 4], found[:, 5].astype(np.int64), self.config, picture)
+            for (picture, _), found in zip(batch, rows, strict=True)
         ]
+
+    @torch.no_grad()
+    def detect_fitted(
+        self, inputs: Sequence[Image], sizes: Sequence[tuple[int, int]], thresholds: Eval
+    ) -> list[npt.NDArray[np.float32]]:
+        """Detect in a batch of images that `fit` made.
+
+        Args:
+            inputs: of `fit`.
+            sizes: width and height of each image before.
+            thresholds: what counts as a detection.
+
+        Returns:
+            For each [n, 6]: x1, y1, x2, y2 in pixels of the image before, score, class; best first.
+        """
+        batch = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2).to(self.device)
+        outputs = self.model(self.config.preprocessing(batch))
+        results = []
+        for (width, height), found in zip(sizes, post_prediction(self.model, thresholds)(outputs), strict=True):
+            rows = found.float().cpu().numpy()
+            placement = place(width, height, self.config.image_size, self.config.preprocessing.resize)
+            rows[:, :4] = placement.undo(rows[:, :4])
+            results.append(rows)
+        return results
 
 
 def load(path: str | Path, device: str | None = None, model: nn.Module | None = None) -> Predictor:
@@ -114,6 +281,19 @@ def load(path: str | Path, device: str | None = None, model: nn.Module | None = 
     return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
 
 
+def with_thresholds(thresholds: Eval, conf: float | None, iou: float | None) -> Eval:
+    """Return thresholds with another lowest score or IoU, where they are given.
+
+    Raises:
+        RaydetError: one is no share.
+    """
+    given = {name: value for name, value in (("score", conf), ("iou", iou)) if value is not None}
+    for name, value in given.items():
+        if not 0 <= value <= 1:
+            raise RaydetError(f"{name}: {value} is not between 0 and 1")
+    return thresholds.model_copy(update=given)
+
+
 def pick_device(name: str | None) -> torch.device:
     """Return the named device; None: the first GPU, or without one the CPU.
 
@@ -128,34 +308,3 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RaydetError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def image_files(source: str | Path) -> list[Path]:
-    """Return the image files meant by a path: itself, or all below a folder, sorted.
-
-    Raises:
-        RaydetError: there are none.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise RaydetError(f"{source}: no such file or folder")
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise RaydetError(f"{source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-    return found
-
-
-def predict_files(
-    predictor: Predictor, files: Sequence[Path], conf: float | None, batch_size: int = 16
-) -> Iterator[tuple[Path, npt.NDArray[np.uint8], Detections]]:
-    """Detect in image files, and give each with its picture and detections.
-
-    Raises:
-        RaydetError: a file is no image.
-    """
-    for start in range(0, len(files), batch_size):
-        part = files[start : start + batch_size]
-        images = [imread(str(path)) for path in part]
-        yield from zip(part, images, predictor.predict(images, conf), strict=True)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from raydet.boxes import cxcywh_to_xyxy
+from raydet.errors import RaydetError
+
 Image = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
 
 _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bits
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them
+_CAPTION = 22  # pixels
+_QUALITY = 85  # of JPEG
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -23,10 +33,13 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 def draw_boxes(
     image: Image,
-    boxes: npt.NDArray[Any],
+    boxes: Array,
     labels: Sequence[int],
     class_names: Sequence[str],
     scores: Sequence[float] | None = None,
+    *,
+    thickness: int | None = None,
+    prefix: str = "",
 ) -> Image:
     """Return a copy of an image with boxes, class names and scores on it.
 
@@ -36,25 +49,27 @@ def draw_boxes(
         labels: [n] classes.
         class_names: name of each class.
         scores: [n]; None for ground truth.
+        thickness: of the lines, in pixels; None: by the size of the image.
+        prefix: of each label.
     """
     image = image.copy()
     height, width = image.shape[:2]
     size = max(0.35, min(height, width) / 1000)
-    line = max(1, round(min(height, width) / 350))
+    line = thickness or max(1 + (min(height, width) >= 300), round(min(height, width) / 350))
     edges = np.nan_to_num(boxes).clip(-_FAR, _FAR).round().astype(int).tolist()
     for number in reversed(range(len(labels))):
         left, top, right, bottom = edges[number]
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
-        text = class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")
-        (text_width, text_height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+        text = prefix + class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")
+        (text_width, text_height), below = cv2.getTextSize(text, _FONT, size, 1)
         # Above the box, or inside where there is no room; never beyond the picture.
         x = max(0, min(left, width - text_width - 2))
         y = top if top >= text_height + below else min(max(top, 0) + text_height + below, height)
         cv2.rectangle(image, (x, y - text_height - below), (x + text_width + 2, y), colour, -1)
         bright = 0.114 * colour[0] + 0.587 * colour[1] + 0.299 * colour[2] > 140
         ink = (0, 0, 0) if bright else (255, 255, 255)
-        cv2.putText(image, text, (x + 1, y - below + 1), cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
+        cv2.putText(image, text, (x + 1, y - below + 1), _FONT, size, ink, 1, cv2.LINE_AA)
     return image
 
 
@@ -68,3 +83,247 @@ def grid(images: Sequence[Image], columns: int, cell: tuple[int, int]) -> Image:
         top, left = number // columns * cell[0], number % columns * cell[1]
         sheet[top : top + small.shape[0], left : left + small.shape[1]] = small
     return sheet
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image and what is on it: all boxes xyxy in its pixels.
+
+    Attributes:
+        image: uint8 [H, W, 3] BGR.
+        truth_boxes: [m, 4].
+        truth_labels: int [m].
+        boxes: [n, 4] detections, best first; None: there are none to compare with.
+        labels: int [n].
+        scores: [n].
+        caption: of the picture.
+    """
+
+    image: Image
+    truth_boxes: Array
+    truth_labels: Array
+    boxes: Array | None = None
+    labels: Array | None = None
+    scores: Array | None = None
+    caption: str = ""
+
+    def scaled(self, factor: float) -> Shown:
+        """Return it enlarged, or made smaller."""
+        kind = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+        image: Any = cv2.resize(self.image, None, fx=factor, fy=factor, interpolation=kind)
+        across, down = image.shape[1] / self.image.shape[1], image.shape[0] / self.image.shape[0]
+        factors = np.array((across, down, across, down))
+        boxes = None if self.boxes is None else self.boxes * factors
+        truth = self.truth_boxes * factors
+        return Shown(image, truth, self.truth_labels, boxes, self.labels, self.scores, self.caption)
+
+
+def draw(
+    shown: Shown, class_names: Sequence[str], gt_alpha: float | None = None, thickness: int | None = None
+) -> Image:
+    """Return a picture of an image's ground truth and, beside or below it, its detections.
+
+    Args:
+        shown: the image.
+        class_names: name of each class.
+        gt_alpha: how strongly the ground truth lies over the detections, 0 to 1; None: it stands to the left of them.
+        thickness: of the lines, in pixels; None: by the size of the image.
+    """
+    truth, labels = shown.truth_boxes, shown.truth_labels.tolist()
+    if shown.boxes is None or shown.labels is None or shown.scores is None:
+        return draw_boxes(shown.image, truth, labels, class_names, thickness=thickness)
+    found = shown.boxes, shown.labels.tolist(), class_names, shown.scores.tolist()
+    if gt_alpha is None:
+        sides = (
+            draw_boxes(shown.image, truth, labels, class_names, thickness=thickness),
+            np.full((len(shown.image), 4, 3), 255, np.uint8),
+            draw_boxes(shown.image, *found, thickness=thickness),
+        )
+        return np.concatenate(sides, axis=1)
+    below = draw_boxes(shown.image, *found, thickness=thickness, prefix="[Pred] ")
+    over = draw_boxes(below, truth, labels, class_names, thickness=thickness, prefix="[GT] ")
+    return cv2.addWeighted(over, gt_alpha, below, 1 - gt_alpha, 0)  # type: ignore[return-value]
+
+
+def sheet(
+    images: Sequence[Shown],
+    class_names: Sequence[str],
+    gt_alpha: float | None = None,
+    longest: int = 560,
+    width: int = 2400,
+) -> Image:
+    """Return pictures of several images as one, each with its caption.
+
+    Args:
+        images: at least one.
+        class_names: name of each class.
+        gt_alpha: see `draw`.
+        longest: side of an image in the picture, in pixels; images too small for labels are enlarged.
+        width: of the picture, in pixels, at most; one image may be wider.
+    """
+    cells = []
+    for shown in images:
+        high, wide = shown.image.shape[:2]
+        factor = min(longest / max(high, wide), max(1.0, _READABLE / min(high, wide)))
+        picture = draw(shown.scaled(factor), class_names, gt_alpha)
+        if gt_alpha is None and shown.boxes is not None:
+            half = picture.shape[1] // 2
+            captions = _caption(f"{shown.caption}  ground truth", half), _caption("detections", picture.shape[1] - half)
+            caption = np.concatenate(captions, axis=1)
+        else:
+            caption = _caption(shown.caption, picture.shape[1])
+        cells.append(np.concatenate((caption, picture)))
+    across = max(cell.shape[1] for cell in cells) + 8
+    columns = max(1, min(len(cells), width // across))
+    rows = []
+    for first in range(0, len(cells), columns):
+        row = cells[first : first + columns]
+        high = max(cell.shape[0] for cell in row) + 8
+        canvas = np.full((high, columns * across, 3), 255, np.uint8)
+        for number, cell in enumerate(row):
+            canvas[: cell.shape[0], number * across : number * across + cell.shape[1]] = cell
+        rows.append(canvas)
+    return np.concatenate(rows)
+
+
+def _caption(text: str, width: int) -> Image:
+    """Return a line of text, cut where there is no room for it."""
+    line = np.full((_CAPTION, width, 3), 255, np.uint8)
+    shown = text
+    while shown and cv2.getTextSize(shown, _FONT, 0.45, 1)[0][0] > width - 4:
+        shown = shown[:-4] + "..." if shown.endswith("...") else shown[:-3] + "..."
+        if shown == "...":
+            break
+    cv2.putText(line, shown, (2, _CAPTION - 7), _FONT, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
+    return line
+
+
+class DetectionVisualization:
+    """Draws batches of images with their targets and predictions."""
+
+    @staticmethod
+    def visualize_batch(
+        image_tensor: Any,
+        pred_boxes: Sequence[Any] | None,
+        target_boxes: Any,
+        batch_name: str | int,
+        class_names: Sequence[str],
+        checkpoint_dir: str | Path | None = None,
+        undo_preprocessing_func: Callable[[Any], Array] | None = None,
+        box_thickness: int | None = None,
+        image_scale: float = 1.0,
+        gt_alpha: float | None = 0.4,
+        *,
+        target_units: Literal["pixels", "normalized"],
+    ) -> list[Image]:
+        """Draw a batch, and keep the pictures if a folder is given.
+
+        Args:
+            image_tensor: [B, 3, H, W], tensor or array, as the model gets them.
+            pred_boxes: for each image [n, 6] = x1, y1, x2, y2 in pixels, score, class; None: no predictions.
+            target_boxes: [N, 6] = image in the batch, class, cx, cy, w, h.
+            batch_name: beginning of the files' names, which are `{batch_name}_{number of the image}.jpg`.
+            class_names: name of each class.
+            checkpoint_dir: folder for the pictures; None: they are returned only.
+            undo_preprocessing_func: makes uint8 [B, H, W, 3] BGR of `image_tensor`; None: it is [B, 3, H, W] BGR with
+                values 0 to 255, as raydet's batches and the input of YOLOX.
+            box_thickness: in pixels; None: by the size of the image.
+            image_scale: factor on the size of the pictures.
+            gt_alpha: how strongly targets lie over the predictions, 0 to 1; None: they stand side by side.
+            target_units: of `target_boxes`: pixels, or shares of the image's width and height.
+
+        Returns:
+            The pictures, uint8 [H, W, 3] BGR.
+
+        Raises:
+            RaydetError: the images are not uint8 [B, H, W, 3], or a picture cannot be written.
+        """
+        images = undo_preprocessing_func(image_tensor) if undo_preprocessing_func else _as_pixels(image_tensor)
+        images = np.ascontiguousarray(_array(images))
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise RaydetError(
+                f"undo_preprocessing_func: the images must become uint8 [B, H, W, 3], not {images.dtype} "
+                f"{list(images.shape)}"
+            )
+        targets = _array(target_boxes).astype(np.float64).reshape(-1, 6)
+        height, width = images.shape[1:3]
+        if target_units == "normalized":
+            targets = targets * (1, 1, width, height, width, height)
+        pictures = []
+        for number, image in enumerate(images):
+            mine = targets[targets[:, 0] == number]
+            given = (image, cxcywh_to_xyxy(mine[:, 2:]), mine[:, 1].astype(int))
+            if pred_boxes is not None:
+                found = _array(pred_boxes[number]).astype(np.float64).reshape(-1, 6)
+                shown = Shown(*given, found[:, :4], found[:, 5].astype(int), found[:, 4])
+            else:
+                shown = Shown(*given)
+            pictures.append(draw(shown.scaled(image_scale), class_names, gt_alpha, box_thickness))
+        if checkpoint_dir is not None:
+            for number, picture in enumerate(pictures):
+                write_picture(Path(checkpoint_dir) / f"{batch_name}_{number}.jpg", picture)
+        return pictures
+
+
+def write_picture(path: Path, picture: Image) -> None:
+    """Write a picture, in the format that the name's ending says.
+
+    Raises:
+        RaydetError: it cannot be written.
+    """
+    encoded = cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(encoded)
+        partial.replace(path)
+    except OSError as error:
+        raise RaydetError(f"{path}: the picture cannot be written ({error.strerror})") from None
+
+
+def write_video(path: Path, frames: Iterable[Image], fps: float) -> int:
+    """Write frames, uint8 [H, W, 3] BGR and all of one size, as a video in MPEG-4, and return how many there were.
+
+    Raises:
+        RaydetError: the name does not end with .mp4, there are no frames, or it cannot be written.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise RaydetError(f"{path}: videos are written as .mp4")
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    writer: cv2.VideoWriter | None = None
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for frame in frames:
+            if writer is None:
+                size = frame.shape[1], frame.shape[0]
+                writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+                if not writer.isOpened():
+                    raise RaydetError(f"{path}: the video cannot be written")
+            writer.write(frame)
+            count += 1
+        if writer is None:
+            raise RaydetError(f"{path}: the video has no frames")
+        writer.release()
+        partial.replace(path)
+    except OSError as error:
+        raise RaydetError(f"{path}: the video cannot be written ({error.strerror})") from None
+    finally:
+        if writer is not None:
+            writer.release()
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _array(values: Any) -> Array:
+    """Return a tensor of any device, or an array, as an array."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def _as_pixels(images: Any) -> Array:
+    pixels = _array(images)
+    if pixels.size and (pixels.min() < 0 or 0 < pixels.max() <= 1):
+        raise RaydetError(
+            "the images are not pixels from 0 to 255: give undo_preprocessing_func, which makes them uint8 BGR again"
+        )
+    return pixels.transpose(0, 2, 3, 1).round().clip(0, 255).astype(np.uint8)

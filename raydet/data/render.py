@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -65,8 +65,15 @@ def imread(path: str) -> Array:
 
 
 def letterbox(image: Array, size: tuple[int, int], resize: Resize) -> Array:
-    """Scale an image [H, W, 3] and pad it with grey to `size` = (height, width), as `raydet.boxes.place` says."""
+    """Scale an image [H, W, 3] and pad it with grey to `size` = (height, width), as `raydet.boxes.place` says.
+
+    A large one is first made smaller by a whole factor, as training and validation decode it: its detail would become
+    noise.
+    """
     to = place(image.shape[1], image.shape[0], size, resize)
+    if (reduction := _reduction(max(to.scale))) > 1:
+        smaller = [max(1, round(side / reduction)) for side in (image.shape[1], image.shape[0])]
+        image = cast(Array, cv2.resize(image, smaller, interpolation=cv2.INTER_AREA))
     canvas = np.full((*size, 3), PAD_VALUE, np.uint8)
     inside = canvas[to.top : to.top + to.height, to.left : to.left + to.width]
     cv2.resize(image, (to.width, to.height), dst=inside, interpolation=cv2.INTER_LINEAR)
@@ -122,8 +129,7 @@ class Sources:
             raise RaydetError(self.failed[row])
         if row not in self._decoded:
             # No smaller than it is shown: no detail is lost, and less of it becomes noise.
-            scale = self._scale.get(row, 1.0)
-            reduction = max((factor for factor in _REDUCED if scale * factor <= 1), default=1)
+            reduction = _reduction(self._scale.get(row, 1.0))
             try:
                 content = self._reading[row].result() if row in self._reading else self._index.read(row)
                 self._decoded[row] = decode(content, self._index.path(row), self._index.size(row), reduction)
@@ -256,6 +262,11 @@ def _paint(tile: Tile, sources: Sources, canvas: Array) -> None:
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_TRANSPARENT,
     )
+
+
+def _reduction(scale: float) -> int:
+    """Return by how much an image may be made smaller before it is shown at a scale."""
+    return max((factor for factor in _REDUCED if scale * factor <= 1), default=1)
 
 
 def _imdecode(content: bytes, flags: int) -> Any:

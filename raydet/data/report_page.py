@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from html import escape
-from importlib.resources import files
 from itertools import pairwise
-from string import Template
 from typing import Any
 
 import cv2
@@ -28,10 +25,10 @@ from raydet.data.report import (
     Report,
     Statistics,
 )
+from raydet.page import SERIES, bar_table, card, embedded, key, keys, page
 
 Array = npt.NDArray[Any]
 
-SERIES = ("first", "second", "third")  # CSS classes, a colour each
 WIDE, HIGH = 340, 130  # of a chart, in units of its own
 MOST_BINS = 30  # of objects an image
 SIZES = 5  # image sizes that are listed
@@ -54,8 +51,7 @@ def render(report: Report) -> str:
         _overview(report.splits),
         *(f'<h2 id="{n}">{escape(headline)}</h2>{html}' for n, (headline, html) in enumerate(sections.items())),
     ]
-    template = Template((files("raydet.data") / "report.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(f"{name} · data report"), content="\n".join(parts))
+    return page(f"{name} · data report", "\n".join(parts))
 
 
 def overview(numbers: Statistics) -> dict[str, str]:
@@ -77,7 +73,7 @@ def _overview(splits: Mapping[str, Statistics]) -> str:
     rows = ""
     for number, (split, numbers) in enumerate(splits.items()):
         cells = "".join(f"<td>{value}</td>" for value in overview(numbers).values())
-        rows += f"<tr><td>{_key(number, split)}</td>{cells}</tr>"
+        rows += f"<tr><td>{key(number, split)}</td>{cells}</tr>"
     return f'<div class="card wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -109,27 +105,8 @@ def _classes(splits: Mapping[str, Statistics]) -> str:
     for label in np.lexsort((-objects.sum(0), -objects[0])).tolist():
         cells = [f"{value:,.0f}" for pair in zip(objects[:, label], images[:, label], strict=True) for value in pair]
         rows[names[label]] = cells, objects[:, label] / objects.sum(1).clip(min=1)
-    head = [cell for number, split in enumerate(splits) for cell in (f"{_key(number, split)} objects", "images")]
-    return f'<div class="card scroll">{_bar_table(["class", *head, "share of objects"], rows)}</div>'
-
-
-def _bar_table(head: Sequence[str], rows: Mapping[str, tuple[Sequence[str], Array]]) -> str:
-    """A table that ends in bars.
-
-    Args:
-        head: of the columns, HTML.
-        rows: name → text of the cells, and a share for each split.
-    """
-    top = max((float(shares.max()) for _, shares in rows.values()), default=0.0) or 1.0
-    body = ""
-    for name, (cells, shares) in rows.items():
-        bars = "".join(
-            f'<span class="bar {SERIES[n % 3]}" style="width:{share / top:.2%}" title="{share:.2%}"></span>'
-            for n, share in enumerate(shares.tolist())
-        )
-        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in (name, *cells))}<td>{bars}</td></tr>"
-    heads = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<table class="bars"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    head = [cell for number, split in enumerate(splits) for cell in (f"{key(number, split)} objects", "images")]
+    return f'<div class="card scroll">{bar_table(["class", *head, "share of objects"], rows)}</div>'
 
 
 def _charts(splits: Mapping[str, Statistics]) -> str:
@@ -141,7 +118,7 @@ def _charts(splits: Mapping[str, Statistics]) -> str:
     every = -(-len(numbers) // 8)
     small, large = (round(area**0.5) for area in COCO_AREAS)
     cards = (
-        _card(
+        card(
             "Size",
             "square root of a box's share of its image",
             _histogram(
@@ -150,7 +127,7 @@ def _charts(splits: Mapping[str, Statistics]) -> str:
                 {place: sizes[place] for place in marked},
             ),
         ),
-        _card(
+        card(
             "Aspect ratio",
             "width to height",
             _histogram(
@@ -159,14 +136,14 @@ def _charts(splits: Mapping[str, Statistics]) -> str:
                 {place: ratios[place] for place in marked},
             ),
         ),
-        _card(
+        card(
             "Objects an image",
             f"the last column is {numbers[-1].partition('-')[0]} and more",
             _histogram(counts, numbers, {place + 0.5: numbers[place] for place in range(0, len(numbers), every)}),
         ),
-        _card("Centres", "where in their image objects are", _maps(splits)),
-        _card("COCO's sizes", f"small is below {small}² pixels, large from {large}²", _coco_sizes(splits)),
-        _card("Image sizes", _range(splits), _image_sizes(splits)),
+        card("Centres", "where in their image objects are", _maps(splits)),
+        card("COCO's sizes", f"small is below {small}² pixels, large from {large}²", _coco_sizes(splits)),
+        card("Image sizes", _range(splits), _image_sizes(splits)),
     )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -217,8 +194,8 @@ def _histogram(series: Mapping[str, Array], columns: Sequence[str], ticks: Mappi
         parts.append(
             f'<text x="{left + place * width:.1f}" y="{HIGH + 15}" text-anchor="middle">{escape(label)}</text>'
         )
-    keys = " ".join(_keys(shares))
-    return f'<svg viewBox="0 -8 {WIDE + 12} {HIGH + 30}" role="img">{"".join(parts)}</svg><p class="quiet">{keys}</p>'
+    legend = " ".join(keys(shares))
+    return f'<svg viewBox="0 -8 {WIDE + 12} {HIGH + 30}" role="img">{"".join(parts)}</svg><p class="quiet">{legend}</p>'
 
 
 def _maps(splits: Mapping[str, Statistics]) -> str:
@@ -233,7 +210,7 @@ def _maps(splits: Mapping[str, Statistics]) -> str:
         maps.append(
             f'<div class="{SERIES[number % 3]}"><svg viewBox="0 0 {CELLS} {CELLS}" role="img" '
             f'shape-rendering="crispEdges"><rect class="frame" width="{CELLS}" height="{CELLS}"/>{cells}</svg>'
-            f'<p class="quiet">{_key(number, split)}</p></div>'
+            f'<p class="quiet">{key(number, split)}</p></div>'
         )
     return f'<div class="maps">{"".join(maps)}</div>'
 
@@ -252,7 +229,7 @@ def _coco_sizes(splits: Mapping[str, Statistics]) -> str:
     counts = np.array([numbers.coco_sizes for numbers in splits.values()])
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     rows = {size: ([f"{count:,}" for count in counts[:, n]], shares[:, n]) for n, size in enumerate(COCO_SIZES)}
-    return _bar_table(["", *_keys(splits), ""], rows)
+    return bar_table(["", *keys(splits), ""], rows)
 
 
 def _image_sizes(splits: Mapping[str, Statistics]) -> str:
@@ -264,7 +241,7 @@ def _image_sizes(splits: Mapping[str, Statistics]) -> str:
         counts = [numbers.image_sizes.get(size, 0) for numbers in splits.values()]
         shares = [count / max(1, numbers.images) for count, numbers in zip(counts, splits.values(), strict=True)]
         rows[f"{size[0]}x{size[1]}"] = [f"{count:,}" for count in counts], np.array(shares)
-    return _bar_table(["", *_keys(splits), ""], rows)
+    return bar_table(["", *keys(splits), ""], rows)
 
 
 def _gallery(figures: Sequence[Figure]) -> str:
@@ -272,21 +249,8 @@ def _gallery(figures: Sequence[Figure]) -> str:
     for figure in figures:
         height, width = figure.image.shape[:2]
         encoded = cv2.imencode(".jpg", figure.image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-        data = base64.b64encode(encoded.tobytes()).decode()
         items.append(
-            f'<figure style="--wide:{width / height:.3f}"><img alt="" width="{width}" height="{height}" '
-            f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(figure.caption)}</figcaption></figure>'
+            f'<figure style="--wide:{width / height:.3f}">{embedded(encoded.tobytes(), width, height)}'
+            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
         )
     return f'<div class="gallery">{"".join(items)}</div>'
-
-
-def _card(headline: str, about: str, content: str) -> str:
-    return f'<div class="card"><h3>{headline}</h3><p class="quiet">{about}</p>{content}</div>'
-
-
-def _key(number: int, split: str) -> str:
-    return f'<span class="key {SERIES[number % 3]}"></span>{escape(split)}'
-
-
-def _keys(splits: Iterable[str]) -> list[str]:
-    return [_key(number, split) for number, split in enumerate(splits)]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_ALONE = ContextVar("alone", default=False)
 
 
 class Terms(NamedTuple):
@@ -24,7 +29,7 @@ class Terms(NamedTuple):
 
 
 class DetectionLoss(nn.Module):
-    """A loss: `loss, components = criterion(outputs, targets)`.
+    """A loss: `loss, components = criterion(outputs, targets)`. The first K components are of its K terms.
 
     A subclass gives `terms`, `weights` and `components`, or overrides `forward`. Sums and normalisers are those of all
     ranks: given the same outputs, N ranks with a batch of B learn what one with N · B does.
@@ -83,6 +88,11 @@ class DetectionLoss(nn.Module):
         return [weight * term for weight, term in zip(self.weights, terms.unbind(), strict=True)]
 
 
+def has_terms(criterion: nn.Module) -> TypeGuard[DetectionLoss]:
+    """Is a loss made of terms that are known? Of one that overrides `forward` only its result is."""
+    return isinstance(criterion, DetectionLoss) and type(criterion).forward is DetectionLoss.forward
+
+
 class PartialLoss:
     """The loss of a batch that comes in parts, whose gradients add up to those of the whole.
 
@@ -93,6 +103,7 @@ class PartialLoss:
     def __init__(self, criterion: DetectionLoss):
         self._criterion = criterion
         self._totals: Terms | None = None
+        self._images: list[Tensor] = []
 
     def add(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return a part's loss, a scalar to call backward on; arguments and errors as in `DetectionLoss.forward`.
@@ -101,6 +112,7 @@ class PartialLoss:
             ValueError: the terms have different divisors, so that no one number corrects the gradients of parts.
         """
         mine = self._criterion.terms(outputs, targets)
+        self._images.append(mine.per_image.detach())
         sums = mine.per_image.sum(0)
         size = len(sums)
         totals, ranks = sum_over_ranks(torch.cat((sums, mine.normaliser.view(1), mine.counts)))
@@ -123,11 +135,27 @@ class PartialLoss:
         components = self._criterion.components(divided, weighted, self._totals)
         return self._divisors / divisors, weighted.sum(), components
 
+    def shares(self) -> Tensor:
+        """Return each image's share of the loss [B, K], by term: over all images and ranks they add up to it."""
+        assert self._totals is not None
+        divided = torch.cat(self._images) / self._criterion.divisors(self._totals)
+        return torch.stack([weight * term for weight, term in zip(self._criterion.weights, divided.T, strict=True)], 1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let losses within count this rank's images only: ranks that do not go in step cannot wait for each other."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def sum_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     """Return the sum of a tensor over all ranks, detached, and how many there are; one where nothing is distributed."""
     values = values.detach().clone()
-    if not (dist.is_available() and dist.is_initialized()):
+    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
         return values, 1
     dist.all_reduce(values)
     return values, dist.get_world_size()

@@ -48,6 +48,11 @@ def dfl_output(
     )
     if module.training:
         return raw
-    decoded = decode_dfl(reg_logits, points, steps), cls_logits.float().sigmoid()
     traced: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    return decoded if traced else (decoded, raw)
+    return decode(raw)[0] if traced else decode(raw)
+
+
+def decode(raw: DFLOutput) -> tuple[tuple[Tensor, Tensor], DFLOutput]:
+    """Training output → evaluation output, see `dfl_output`."""
+    boxes = decode_dfl(raw.reg_logits, raw.anchor_points, raw.stride)
+    return (boxes, raw.cls_logits.float().sigmoid()), raw

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raydet.losses import PPYoloELoss
 from raydet.models.blocks import Conv, Pyramid, RepVGG
-from raydet.models.dfl import PRIOR_LOGIT, REG_MAX, dfl_output
+from raydet.models.dfl import PRIOR_LOGIT, REG_MAX, decode, dfl_output
 from raydet.models.family import Adapter, Detector, Family, Preprocessing
 from raydet.postprocess import PPYoloEPostPredictionCallback
 
@@ -164,6 +164,7 @@ class PPYoloEHead(nn.Module):
     """Class logits, and box sides as distributions, for one anchor point a cell; its output is `dfl_output`'s."""
 
     post_prediction = PPYoloEPostPredictionCallback
+    decode = staticmethod(decode)
 
     def __init__(self, in_channels: tuple[int, ...], num_classes: int):
         super().__init__()

@@ -138,8 +138,10 @@ class SSDHead(nn.Module):
             classes = self.cls_preds[level](self.cls_convs[level](feature)).flatten(2)
             logits.append(classes.unflatten(1, (self.num_classes + 1, -1)))
         raw = torch.cat([o.flatten(2) for o in offsets], 2), torch.cat([c.flatten(2) for c in logits], 2)
-        if self.training:
-            return raw
+        return raw if self.training else self.decode(raw)
+
+    def decode(self, raw: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Training output → evaluation output."""
         boxes = decode_ssd(raw[0].transpose(1, 2).float(), self.default_boxes, self.image_size)
         scores = raw[1].transpose(1, 2).float().softmax(-1)[..., 1:]
         return torch.cat((boxes, scores.amax(-1, keepdim=True), scores), dim=-1), raw

@@ -133,7 +133,11 @@ class YoloXHead(nn.Module):
             cls, reg = self.cls_convs[level](x), self.reg_convs[level](x)
             raw = (self.reg_preds[level](reg), self.obj_preds[level](reg), self.cls_preds[level](cls))
             maps.append(torch.cat(raw, dim=1).permute(0, 2, 3, 1).unsqueeze(1))
-        return maps if self.training else (decode(maps), maps)
+        return maps if self.training else self.decode(maps)
+
+    def decode(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Training output → evaluation output."""
+        return decode(maps), maps
 
 
 def decode(maps: list[Tensor]) -> Tensor:

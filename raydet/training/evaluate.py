@@ -17,6 +17,8 @@ from raydet.evaluation import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.postprocess import PostPrediction
 from raydet.recipe import Eval
+from raydet.tracking.pictures import ValPictures
+from raydet.training.run import gathered
 
 PROGRESS_EVERY_S = 10.0
 
@@ -46,6 +48,7 @@ def run(
     callback: Callable[[Any], list[Post]],
     device: torch.device,
     say: Callable[[str], Any],
+    look: Callable[[Batch, Any], Any] = lambda batch, outputs: None,
 ) -> Iterator[tuple[int, Placement, Post]]:
     """Run a model on this rank's images.
 
@@ -57,6 +60,7 @@ def run(
         callback: what to make of the model's output, for each image.
         device: of the model.
         say: takes a line of progress now and then.
+        look: called with each batch and the model's output.
 
     Yields:
         For each image its row, where it is in the model's input, and what the callback made.
@@ -68,7 +72,9 @@ def run(
         images = preprocessing(batch.images.to(device, non_blocking=True))
         size = images.shape[-2], images.shape[-1]
         rows = batch.rows.tolist()
-        for row, found in zip(rows, callback(model(images)), strict=True):
+        outputs = model(images)
+        look(batch, outputs)
+        for row, found in zip(rows, callback(outputs), strict=True):
             yield row, place(*index.size(row), size, preprocessing.resize), found
         done = min(done + ranks * len(rows), len(index))
         if (now := time.monotonic()) > due:
@@ -84,23 +90,30 @@ def evaluate(
     thresholds: Eval,
     device: torch.device,
     say: Callable[[str], Any],
+    pictures: ValPictures | None = None,
 ) -> bytes | None:
     """Detect in this rank's images, and gather what all ranks found.
 
     Args:
         model, batches, index, preprocessing, device, say: see `run`.
         thresholds: what counts as a detection.
+        pictures: to be drawn.
 
     Returns:
         The state of a CocoEvaluation on rank 0, None on the others.
     """
     evaluation = CocoEvaluation(index)
     callback = post_prediction(model, thresholds)
-    for row, placement, found in run(model, batches, index, preprocessing, callback, device, say):
+    look = [] if pictures is None else [pictures.batch]
+    for row, placement, found in run(model, batches, index, preprocessing, callback, device, say, *look):
         boxes = found.cpu().numpy()
         boxes[:, :4] = placement.undo(boxes[:, :4])
         evaluation.update([row], [boxes])
-    shards = _gather(evaluation.to_bytes())
+        if pictures is not None:
+            pictures.image(row, boxes)
+    if pictures is not None:
+        pictures.finish(evaluation)
+    shards = gathered(evaluation.to_bytes())
     if shards is None:
         return None
     evaluation.merge_bytes(shards)
@@ -121,12 +134,3 @@ def restored(index: Index, state: bytes) -> CocoEvaluation:
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _gather(shard: bytes) -> list[bytes] | None:
-    """Return every rank's bytes on rank 0, None elsewhere."""
-    if not _distributed():
-        return [shard]
-    shards: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(shard, shards)
-    return shards

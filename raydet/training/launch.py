@@ -24,10 +24,17 @@ from raydet.data.samples import Samples
 from raydet.errors import RaydetError, user_error
 from raydet.plot import plot
 from raydet.predict import pick_device
-from raydet.recipe import Recipe, Scale
+from raydet.recipe import (
+    DetectionVisualizationCallback,
+    ExtremeBatchDetectionVisualizationCallback,
+    Pictures,
+    Recipe,
+    Scale,
+)
 from raydet.recipe import load as load_recipe
+from raydet.report import report
 from raydet.results import read_results, write_evaluation
-from raydet.tracking.weights_and_biases import tracked
+from raydet.tracking.trackers import tracked
 from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
 from raydet.training.evaluate import restored
@@ -87,7 +94,8 @@ def train(
         overrides: `section.key=value`.
         debug: in this process, without Ray, on the first images, for two epochs.
         device: with `debug`, such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
-        callbacks: of Ray Train, such as Ray Tune's TuneReportCallback; none are called with `debug`.
+        callbacks: pictures to draw beside the recipe's, such as raydet.tracking's
+            ExtremeBatchDetectionVisualizationCallback; and callbacks of Ray Train, which are not called with `debug`.
         verbose: let Ray print what its workers print.
         live: show a table in the terminal in place of lines.
         say: takes each line of progress.
@@ -97,6 +105,9 @@ def train(
         KeyboardInterrupt: it was interrupted.
     """
     settings = load_recipe(recipe, [*(_debug_overrides(recipe) if debug else ()), *overrides])
+    mine = [callback for callback in callbacks if isinstance(callback, Pictures)]
+    callbacks = [callback for callback in callbacks if callback not in mine]
+    settings = _with_pictures(settings, mine)
     if settings.name.endswith(_DEBUG):
         raise RaydetError(f"name: {settings.name} ends with {_DEBUG}, as runs of the debugger do, which start over")
     if debug:
@@ -133,6 +144,10 @@ def train(
     plot(folder)
     best = checkpoint.find(folder)
     (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
+    try:
+        report(folder)
+    except RaydetError as error:  # the training is done
+        say(f"warning: {error}")
     return Result(folder, best, ended.metrics)
 
 
@@ -240,6 +255,18 @@ def run_evaluation(
             result = _on_ray(worker, job, streams, verbose, say)
         then(job.folder)
         return result
+
+
+def _with_pictures(recipe: Recipe, pictures: Sequence[Pictures]) -> Recipe:
+    extreme = [entry for entry in pictures if isinstance(entry, ExtremeBatchDetectionVisualizationCallback)]
+    numbered = [entry for entry in pictures if isinstance(entry, DetectionVisualizationCallback)]
+    track = recipe.track.model_copy(
+        update={
+            "extreme_batches": [*recipe.track.extreme_batches, *extreme],
+            "visualize": [*recipe.track.visualize, *numbered],
+        }
+    )
+    return recipe.model_copy(update={"track": track})
 
 
 def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:

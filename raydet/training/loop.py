@@ -17,9 +17,10 @@ from raydet.data.batch import Batch
 from raydet.data.problems import Problems
 from raydet.losses.base import DetectionLoss
 from raydet.models import Preprocessing
+from raydet.tracking.pictures import TrainPictures, ValPictures
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Progress
-from raydet.training.evaluate import evaluate, metrics_of
+from raydet.training.evaluate import evaluate, metrics_of, post_prediction
 from raydet.training.keeper import Keeper
 from raydet.training.meter import Meter, opening, validation_line
 from raydet.training.optimization import EMA, Schedule, freeze, make_optimizer, train_mode
@@ -61,6 +62,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
     if settings.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # of the same tensors: the average goes on following
     step = Step(model, criterion, optimizer, settings, device, world.size)
+    pictures = TrainPictures(job, world, log, criterion, post_prediction(job.model, recipe.eval))
     torch.backends.cudnn.benchmark = True
 
     state = Progress()
@@ -91,10 +93,12 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
             group["lr"] = lr * group["factor"]
         if isinstance(criterion, DetectionLoss):
             criterion.at_epoch(job.epoch_of(state.position), settings.epochs)
-        prepare = partial(_prepared, preprocessing=job.config.preprocessing, size=job.multiscale(int(planned)))
-        outcome = step(batch, prepare, keeper.asked(state))
+        size = job.multiscale(int(planned))
+        prepare = partial(_prepared, preprocessing=job.config.preprocessing, size=size)
+        outcome = step(batch, prepare, keeper.asked(state), pictures.need_outputs(state.position))
         interrupted, due, ended = outcome.asked
         state.step += 1
+        pictures.step(state.position, state.step, batch, outcome, size)
         state.position += batch_size
         if outcome.finite:
             average.update(state.position / settings.batch_size)
@@ -105,17 +109,18 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
         epoch = job.epoch_of(state.position)
         ends_epoch = epoch > job.epoch_of(state.position - batch_size)
         if ends_epoch or state.step % recipe.track.log_every == 0:
-            numbers, text = meter.flush(state, lr)  # on all ranks: it asks them all
+            numbers, text = meter.flush(state, lr)
             if leader:
                 log.metrics(step=state.step, epoch=epoch, position=state.position, **numbers)
                 log.say(text)
         if ends_epoch:
+            pictures.epoch_ends(epoch, state.step)
             metrics = {}
             validates = job.validates_after(state.position, batch_size)
             if validates and not recipe.scale.async_validation:
-                metrics = agreed(
-                    _validate_average(average.model, val_batches, job, world, log, state, f"epoch {epoch}")
-                )
+                shown = ValPictures(job, world.rank, log, criterion, epoch, state.step)
+                what = f"epoch {epoch}"
+                metrics = agreed(_validate_average(average.model, val_batches, job, world, log, state, what, shown))
                 ended = keeper.judge(state, metrics)
             kept = keeper.save(state, metrics, awaited=validates and recipe.scale.async_validation)
             world.report({"step": state.step, "epoch": epoch, **metrics}, kept)
@@ -176,14 +181,19 @@ def _noting(batches: Iterator[Batch], job: Job, world: World) -> Iterator[Batch]
     return noting_errors(batches, Problems(job.recipe.data.on_error, job.recipe.data.max_errors), world.beat)
 
 
-def _validate(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> dict[str, float]:
-    return metrics_of(job.val_index, _detect(model, batches, job, world, log))
-
-
-def _detect(model: nn.Module, batches: Iterator[Batch], job: Job, world: World, log: RunLog) -> bytes | None:
+def _detect(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    job: Job,
+    world: World,
+    log: RunLog,
+    pictures: ValPictures | None = None,
+) -> bytes | None:
     say = log.say if world.rank == 0 else _nothing
     batches = _noting(batches, job, world)
-    return evaluate(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say)
+    return evaluate(
+        model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say, pictures
+    )
 
 
 def _validate_average(
@@ -194,11 +204,13 @@ def _validate_average(
     log: RunLog,
     state: Progress,
     what: str,
+    pictures: ValPictures | None = None,
 ) -> dict[str, float]:
     """Validate the moving average, or an average of checkpoints; log and return its metrics, on rank 0."""
     began = time.monotonic()
     _broadcast_buffers(model)
-    metrics = {f"val/{name}": value for name, value in _validate(model, val_batches(), job, world, log).items()}
+    state_of_it = _detect(model, val_batches(), job, world, log, pictures)
+    metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, state_of_it).items()}
     if world.rank == 0:
         seconds = time.monotonic() - began
         log.say(validation_line(what, metrics, seconds))

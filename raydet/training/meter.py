@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from raydet.data.batch import Batch
 from raydet.evaluation import MAIN_METRIC
-from raydet.losses.base import sum_over_ranks
 from raydet.training.checkpoint import Progress
 from raydet.training.optimization import Schedule
 from raydet.training.run import Job, World
@@ -54,12 +53,12 @@ class Meter:
             yield batch
 
     def update(self, outcome: Outcome, images: int) -> None:
-        """Count a step; nothing is read back from the device."""
+        """Count a step."""
         self._images += images
         if not outcome.finite:
             self._skipped += 1
             return
-        values = torch.cat((outcome.loss.detach().view(1), outcome.components))
+        values = torch.cat((outcome.loss.view(1), outcome.components)).double()
         self._sum = values if self._sum is None else self._sum + values
         self._grad_norm += outcome.grad_norm
         self._steps += 1
@@ -69,7 +68,7 @@ class Meter:
         self._since = time.monotonic()
 
     def flush(self, state: Progress, lr: float) -> tuple[dict[str, float], str]:
-        """Return the means over all steps since the last call and all ranks, as metrics and as a line of text."""
+        """Return the means over all steps since the last call, as metrics and as a line of text."""
         epochs, position = self._job.recipe.train.epochs, state.position
         seconds = time.monotonic() - self._since
         speed, wait = self._images / seconds, self._waited / seconds
@@ -79,9 +78,7 @@ class Meter:
         numbers: dict[str, float] = {}
         losses = "all skipped: not finite"
         if self._sum is not None:
-            # A rank's loss is its own share, and so may be the components of a user's loss.
-            sums, ranks = sum_over_ranks(self._sum)
-            loss, *means = (sums / (ranks * self._steps)).tolist()
+            loss, *means = (self._sum / self._steps).tolist()
             values = dict(zip(self._names, means, strict=True))
             for name in ("Loss", "loss"):  # what the families call the sum
                 values.pop(name, None)

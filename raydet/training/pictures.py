@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import cv2
 from raydet.data.index import Index
 from raydet.data.render import decode
 from raydet.errors import RaydetError
-from raydet.predict import load
+from raydet.predict import Detections, load
 from raydet.visualization import draw_boxes, grid
 
 SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
@@ -33,10 +32,13 @@ def draw_validation(folder: Path, index: Index) -> Path:
         scale = min(CELL / side for side in image.shape[:2])
         shown: Any = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         truth = index.annotations(row)
-        found = predictor.predict([image], SHOWN_SCORE)[0]
+        found = predictor.predict(image[:, :, ::-1], SHOWN_SCORE)
+        assert isinstance(found, Detections)
         pictures += [
             draw_boxes(shown, truth.boxes * scale, truth.labels.tolist(), index.class_names),
-            predictor.draw(shown, replace(found, boxes=found.boxes * scale)),
+            draw_boxes(
+                shown, found.boxes * scale, found.labels.tolist(), predictor.config.class_names, found.scores.tolist()
+            ),
         ]
     path = folder / "images" / "validation.jpg"
     path.parent.mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences
 from raydet.recipe import load as load_recipe
+from raydet.tracking.pictures import check_pictures
 from raydet.training.checkpoint import Config, build, find, read_json
 from raydet.training.run import Job
 
@@ -142,6 +143,7 @@ def make_job(
     criterion = None
     if train_index is not None:
         criterion = _check_loss(loss if loss is not None else _make_loss(recipe, family, model))
+        check_pictures(recipe, criterion, model, names)
     train_images = len(train_index) if train_index is not None else 0
     return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 

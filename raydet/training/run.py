@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +20,10 @@ from torch import nn
 from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.data.problems import Problems
+from raydet.errors import RaydetError
 from raydet.recipe import Recipe
 from raydet.training.checkpoint import Config
+from raydet.visualization import Shown, sheet, write_picture
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +127,24 @@ def agreed(value: Any) -> Any:
     return box[0]
 
 
+def gathered(value: Any) -> list[Any] | None:
+    """Return every rank's value on rank 0, None elsewhere."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def everyone(value: Any) -> list[Any]:
+    """Return every rank's value, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[], Any]) -> Iterator[Batch]:
     """Pass batches on with a sign of life for each, and warn once of each image that was left out of them.
 
@@ -139,6 +160,22 @@ def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[
         yield batch
 
 
+class Tracker(Protocol):
+    """Shows a run elsewhere; nothing that fails in it raises."""
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Take a line of metrics.jsonl."""
+        ...
+
+    def pictures(self, name: str, images: Sequence[Shown], class_names: Sequence[str], at: Mapping[str, float]) -> None:
+        """Take images with their boxes, in place of those of the same name; `at` has step and epoch."""
+        ...
+
+    def finish(self, *, failed: bool) -> None:
+        """End it."""
+        ...
+
+
 class RunLog:
     """metrics.jsonl, one flat object of numbers a line, and log.txt, what a person reads; rank 0 writes them.
 
@@ -148,7 +185,7 @@ class RunLog:
     def __init__(self, folder: Path, echo: Callable[[str], Any] | None = None):
         self._folder = folder
         self._echo = echo
-        self.tracker: Callable[[Mapping[str, float]], Any] | None = None  # gets each line of metrics too
+        self.trackers: Sequence[Tracker] = ()  # get metrics and pictures too
         folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, step: int) -> None:
@@ -164,8 +201,44 @@ class RunLog:
         """Append a line of metrics; what is not finite is left out, as JSON has no such numbers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._append("metrics.jsonl", json.dumps(finite))
-        if self.tracker is not None:
-            self.tracker(finite)
+        for tracker in self.trackers:
+            tracker.metrics(finite)
+
+    def pictures(
+        self,
+        name: str,
+        title: str,
+        images: Sequence[Shown],
+        class_names: Sequence[str],
+        gt_alpha: float | None = None,
+        *,
+        step: int,
+        epoch: int,
+        value: float | None = None,
+    ) -> None:
+        """Draw images with their boxes as images/{name}.jpg, in place of those before, and note it in pictures.jsonl.
+
+        Args:
+            name: which pictures of the run they are.
+            title: the same in words.
+            images: at least one.
+            class_names: name of each class.
+            gt_alpha: see `raydet.visualization.draw`.
+            step: of the training, at which they were seen.
+            epoch: that has ended.
+            value: of what is extreme in them.
+        """
+        for tracker in self.trackers:
+            tracker.pictures(name, images, class_names, {"step": step, "epoch": epoch})
+        path = self._folder / "images" / f"{re.sub('[^A-Za-z0-9.@_-]+', '_', name)}.jpg"
+        try:
+            write_picture(path, sheet(images, class_names, gt_alpha))
+        except RaydetError as error:
+            self.say(f"warning: {error}")
+            return
+        note = {"name": name, "title": title, "epoch": epoch, "step": step, "value": value}
+        note |= {"picture": str(path.relative_to(self._folder)), "captions": [shown.caption for shown in images]}
+        self._append("images/pictures.jsonl", json.dumps(note))
 
     def left_out(self, problems: Mapping[str, Problems]) -> None:
         """List the records of each split that cannot be used."""

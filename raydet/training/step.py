@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
 from raydet.errors import RaydetError
-from raydet.losses.base import DetectionLoss, PartialLoss
+from raydet.losses.base import PartialLoss, has_terms
 from raydet.recipe import Train
 
 Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -22,16 +23,18 @@ Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step; the same on every rank, but for the loss, whose mean over the ranks is what it says.
+    """What became of a step; the same on every rank, but for `suspect`, `shares` and `outputs`. Tensors on the CPU.
 
     Attributes:
-        loss: [] detached.
-        components: [K] detached.
+        loss: [] mean over the ranks.
+        components: [C] likewise.
         grad_norm: of all gradients as one vector, before clipping.
         finite: else the weights are as they were.
         overflow: not finite only because half precision was scaled too far, which has been lowered.
         suspect: not finite, and this rank's batch may be why: what the model makes of it is not, or of no rank's batch.
         asked: the flags of rank 0.
+        shares: [B, K] of this rank's images in the loss, by term; None of a loss whose terms are not known.
+        outputs: of the model, for each part of the batch, on its device; none if they are not to be kept.
     """
 
     loss: Tensor
@@ -41,6 +44,8 @@ class Outcome:
     overflow: bool
     suspect: bool
     asked: tuple[bool, ...]
+    shares: Tensor | None = None
+    outputs: tuple[Any, ...] = ()
 
 
 class Step:
@@ -72,7 +77,7 @@ class Step:
         self._network: Callable[[Tensor], object] = self._parallel or model
         if settings.compile:
             self._network = torch.compile(self._network)
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._ranks = settings, device, ranks
         self._precision = _precision(settings, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == torch.float16)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -80,17 +85,18 @@ class Step:
         for buffer in model.buffers():
             self._buffers.setdefault(buffer.dtype, []).append(buffer)
         self._kept = {kind: [buffer.clone() for buffer in buffers] for kind, buffers in self._buffers.items()}
-        # Of a loss that overrides `forward` only the mean over its parts is known.
-        whole = isinstance(criterion, DetectionLoss) and type(criterion).forward is DetectionLoss.forward
-        self._adds_up = whole
+        self._adds_up = has_terms(criterion)  # else only the mean over its parts is known
 
-    def __call__(self, batch: Batch, prepare: Prepare, asked: tuple[bool, ...] = ()) -> Outcome:
+    def __call__(
+        self, batch: Batch, prepare: Prepare, asked: tuple[bool, ...] = (), keep_outputs: bool = False
+    ) -> Outcome:
         """Train on a batch.
 
         Args:
             batch: this rank's, on the CPU.
             prepare: makes the model's input of images [B, 3, H, W] uint8 and targets [N, 6] on the device.
             asked: flags that all ranks shall know of rank 0.
+            keep_outputs: return what the model made of the images.
 
         Raises:
             RaydetError: the GPU's memory is too small for it.
@@ -100,7 +106,7 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         parts = list(self._parts(batch))
         try:
-            loss, components, scale, broken = self._backward(parts, prepare)
+            made = self._backward(parts, prepare, keep_outputs)
         except torch.OutOfMemoryError as error:
             raise RaydetError(
                 f"the GPU's memory does not hold {len(parts[0][0])} images at once: set train.micro_batch_size below "
@@ -108,18 +114,24 @@ class Step:
             ) from None
         self.scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if scale is not None:
-            torch._foreach_mul_(gradients, scale)
+        if made.scale is not None:
+            torch._foreach_mul_(gradients, made.scale)
         norm = torch.nn.utils.get_total_norm(gradients)
 
         # Ranks share their sums: one rank's images can make the loss of all not finite, but not their outputs.
-        broken = broken.float().view(1)
-        unusable = (~torch.isfinite(loss)).float().view(1)
+        broken = made.broken.float().view(1)
+        unusable = (~torch.isfinite(made.loss)).float().view(1)
         flags = torch.cat((broken, unusable, torch.tensor([float(flag) for flag in asked], device=self._device)))
+        losses = torch.cat((made.loss.float().view(1), made.components.float()))
+        agreed = torch.cat((flags, losses))
         if self._parallel is not None:
-            dist.all_reduce(flags)
+            dist.all_reduce(agreed)
         # The only time that a step waits for the device.
-        grad_norm, broken_here, any_broken, bad, *told = torch.cat((norm.float().view(1), broken, flags)).tolist()
+        own = torch.cat((norm.float().view(1), broken, made.shares.float().flatten()))
+        read = torch.cat((own, agreed)).cpu()
+        own, agreed = read[: len(own)], read[len(own) :]
+        (grad_norm, broken_here), shares = own[:2].tolist(), own[2:].view(made.shares.shape)
+        (any_broken, bad, *told), losses = agreed[: len(flags)].tolist(), agreed[len(flags) :] / self._ranks
         finite = not bad and math.isfinite(grad_norm)
         overflow = not finite and not bad and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if finite:
@@ -132,17 +144,23 @@ class Step:
         if self.scaler.is_enabled():
             self.scaler.update()
         suspect = not finite and not overflow and bool(broken_here or not any_broken)
-        return Outcome(loss, components, grad_norm, finite, overflow, suspect, tuple(flag > 0 for flag in told))
+        return Outcome(
+            losses[0],
+            losses[1:],
+            grad_norm,
+            finite,
+            overflow,
+            suspect,
+            tuple(flag > 0 for flag in told),
+            shares if self._adds_up else None,
+            made.outputs,
+        )
 
-    def _backward(
-        self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Return the loss, its components, what the gradients are still to be multiplied by, and whether an output is
-        not finite."""
+    def _backward(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare, keep_outputs: bool) -> _Made:
         images = sum(len(part) for part, _ in parts)
-        several = self._adds_up and len(parts) > 1
-        total = PartialLoss(self._criterion) if several else None  # type: ignore[arg-type]
+        total = PartialLoss(self._criterion) if self._adds_up else None  # type: ignore[arg-type]
         sums: list[tuple[Tensor, Tensor]] = []
+        kept: list[Any] = []
         broken = torch.zeros((), dtype=torch.bool, device=self._device)
         for number, (pixels, boxes) in enumerate(parts, start=1):
             inputs, targets = prepare(
@@ -152,6 +170,8 @@ class Step:
                 half = self._precision != torch.float32
                 with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
                     outputs = self._network(inputs)
+                if keep_outputs:
+                    kept.append(outputs)
                 for tensor in _tensors(outputs):
                     broken |= ~torch.isfinite(tensor).all()
                 if total is not None:
@@ -164,9 +184,10 @@ class Step:
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if total is not None:
             scale, loss, components = total.finish()
-            return loss, components, scale, broken
+            return _Made(loss, components, scale if len(parts) > 1 else None, broken, total.shares(), tuple(kept))
         losses, each = zip(*sums, strict=True)
-        return torch.stack(losses).sum(), torch.stack(each).sum(0), None, broken
+        nothing = torch.empty(0, device=self._device)
+        return _Made(torch.stack(losses).sum(), torch.stack(each).sum(0), None, broken, nothing, tuple(kept))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(batch.images)
@@ -184,6 +205,18 @@ class Step:
     def _together(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange their gradients in the last part only."""
         return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+
+class _Made(NamedTuple):
+    """What forward and backward made: see Outcome; `scale` is what the gradients are still to be multiplied by,
+    `broken` whether an output is not finite."""
+
+    loss: Tensor
+    components: Tensor
+    scale: Tensor | None
+    broken: Tensor
+    shares: Tensor
+    outputs: tuple[Any, ...]
 
 
 def _tensors(outputs: object) -> Iterator[Tensor]:

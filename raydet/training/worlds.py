@@ -18,7 +18,8 @@ from raydet.data.stream import eval_batches, train_batches
 from raydet.errors import user_error
 from raydet.outputs import shapes
 from raydet.predict import pick_device
-from raydet.tracking.weights_and_biases import tracked
+from raydet.tracking.pictures import ValPictures
+from raydet.tracking.trackers import tracked
 from raydet.training import checkpoint
 from raydet.training.evaluate import evaluate as detect
 from raydet.training.evaluate import metrics_of
@@ -214,8 +215,10 @@ def validate_elsewhere(pointer: Any, given: dict[str, Any]) -> dict[str, float]:
             tasks=given["data_tasks"],
             pin_memory=device.type == "cuda",
         )()
-        say = RunLog(job.folder).say
-        found = detect(model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, device, say)
+        log = RunLog(job.folder)
+        pictures = ValPictures(job, 0, log, job.criterion.to(device), content["epoch"], content["step"])  # type: ignore[union-attr]
+        settings = job.config.preprocessing, job.recipe.eval, device
+        found = detect(model, batches, job.val_index, *settings, log.say, pictures)
         metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, found).items()}
         result = {"metrics": metrics, "step": content["step"], "epoch": content["epoch"]}
     except Exception as error:  # whatever it is, the training waits for an answer

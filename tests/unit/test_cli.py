@@ -11,7 +11,21 @@ import pytest
 from raydet.recipe import load, shipped
 from tests.command import raydet
 
-COMMANDS = ("train", "tune", "tune-nms", "evaluate", "predict", "plot", "inspect", "ingest", "recipes")
+COMMANDS = (
+    *(
+        "train",
+        "tune",
+        "tune-nms",
+        "evaluate",
+        "predict",
+        "batch-predict",
+        "plot",
+        "report",
+        "inspect",
+        "ingest",
+        "recipes",
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +116,19 @@ def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tm
     assert (tmp_path / "out" / "c.jpg").is_file()
 
 
+@pytest.mark.parametrize(("names", "code"), [(["1.jpg", "2.jpg"], 0), (["2.jpg"], 1)])
+def test_predict_lists_what_it_could_not_read_and_fails_when_that_is_all(run, shapes, tmp_path, names, code):
+    photo = next((shapes / "val").iterdir()).read_bytes()
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(photo if name == "1.jpg" else photo[:200])
+    done = raydet("predict", run[0], tmp_path / "photos", "--save", tmp_path / "out", "--device", "cpu")
+    assert done.returncode == code
+    assert f"not done: {tmp_path}/photos/2.jpg: " in done.stdout
+    assert f"in {len(names) - 1} images" in done.stdout
+    assert done.stdout.endswith("; 1 could not be read\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +142,8 @@ def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tm
         (["tune", "coco2017_yolox_s"], "tune.space is empty: say what to try"),
         (["tune-nms", "/nowhere"], "/nowhere: no such file or folder"),
         (["predict", "/nowhere", "{shapes}/val"], "/nowhere"),
+        (["predict", "/nowhere", "nothing.jpg"], "nothing.jpg: no such file or folder"),
+        (["batch-predict", "/nowhere", "{shapes}/val", "out"], "/nowhere: neither a checkpoint"),
         (["recipes", "coco2017_yolox_q"], "did you mean coco2017_yolox_"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

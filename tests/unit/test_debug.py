@@ -113,9 +113,8 @@ def test_one_s_own_model_loss_and_data(demo, shapes):
     assert all(line["train/loss"] == pytest.approx(2 * line["train/Doubled/box"]) for line in lines)
     with pytest.raises(RaydetError, match="a model that raydet does not know: build it, and pass it as model="):
         raydet.load(result.folder)
-    image = cv2.imread(index.path(0))
-    found = raydet.load(result.folder, "cpu", model=get("yolox_n", 5)).predict([image], conf=0)
-    assert len(found[0].scores) > 0
+    found = raydet.load(result.folder, "cpu", model=get("yolox_n", 5)).predict(index.path(0), conf=0)
+    assert len(found) > 0
     with pytest.raises(RaydetError, match="its weights are damaged or of another model than given"):
         raydet.load(result.folder, "cpu", model=get("yolox_t", 5))
 
@@ -199,8 +198,7 @@ def test_each_family_trains_is_measured_and_predicts(recipe, model, demo, shapes
     detector = raydet.load(result.folder, device="cpu")
     assert type(detector.model) is family_of(model).models[model]
     assert detector.config.preprocessing == family_of(model).preprocessing
-    image = cv2.imread(str(next((shapes / "val").iterdir())))
-    best = detector.predict([image], conf=0.0)[0]
+    best = detector.predict(next((shapes / "val").iterdir()), conf=0.0)
     assert (best.scores[:-1] >= best.scores[1:]).all()
 
 

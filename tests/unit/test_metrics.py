@@ -3,11 +3,12 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from raydet import measures
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
 from raydet.errors import RaydetError
@@ -234,3 +235,29 @@ def test_no_detections_is_zero():
     evaluation = CocoEvaluation(index)
     evaluation.update(range(len(index)), [np.empty((0, 6))] * len(index))
     assert evaluation.compute()["mAP@0.50:0.95"] == 0
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+@example(seed=2707, groups=1)  # crowds only: no pair of group and class has objects
+@settings(max_examples=100, deadline=None)
+def test_groups_of_images_have_the_metrics_that_each_has_alone(seed, groups):
+    index, detections = random_set(seed)
+    whole = evaluated(index, detections)
+    found = measures.Found(whole.truth, whole.found, index.class_names)
+    group = np.random.default_rng(seed).integers(0, groups, len(index))
+    measured = {name: found.measure(name, group) for name in measures.names(index.class_names)}
+    for number in range(group.max() + 1):
+        rows = np.flatnonzero(group == number).tolist()
+        alone = CocoEvaluation(index)
+        alone.update(rows, [detections[row] for row in rows])
+        with contextlib.suppress(RaydetError):  # no objects
+            expected = alone.compute()
+            for name, values in measured.items():
+                assert values[number] == pytest.approx(expected.get(name, np.nan), abs=1e-12, nan_ok=True), name
+            continue
+        assert all(np.isnan(values[number]) for values in measured.values())
+
+
+def test_a_metric_that_no_batch_has_is_named():
+    with pytest.raises(RaydetError, match=r"extreme_batches: a batch has no metric mAP@0.500; did you mean mAP@0.50"):
+        measures.check("mAP@0.500", ("cat",), "track.extreme_batches")

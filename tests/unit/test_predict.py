@@ -1,17 +1,31 @@
+"""Detection in whatever shows something."""
+
 import json
+import os
+import threading
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from raydet import models, predict
+from raydet.data.batch import local_eval_batches
+from raydet.data.coco import load_coco
+from raydet.data.samples import Samples
+from raydet.data.transforms import Letterbox
 from raydet.errors import RaydetError
 from raydet.models import Preprocessing
-from raydet.predict import Predictor, image_files, pick_device, predict_files
+from raydet.predict import Detections, Found, Predictor, Stream, pick_device
+from raydet.predictions import open_target, save
 from raydet.recipe import Eval
+from raydet.sources import image_files
 from raydet.training.checkpoint import Config
+from raydet.training.evaluate import post_prediction, run
 
 NAMES = ("person", *(f"class {number}" for number in range(1, 80)))
 CONFIG = Config(
@@ -42,51 +56,265 @@ def iou(a, b):
     return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
 
 
+def rgb(path):
+    return np.asarray(PIL.Image.open(path).convert("RGB"))
+
+
+def same(ours, theirs, atol=1e-2):
+    assert ours.names == theirs.names
+    np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=atol)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
+
+
 def test_people_are_found_where_they_are(predictor, photo):
     path, boxes = photo
-    found = predictor.predict([cv2.imread(str(path))])[0]
+    found = predictor.predict(path)
     assert found.names[0] in NAMES
+    assert len(found) == len(found.names)
     assert (np.diff(found.scores) <= 0).all()
     assert found.scores.min() >= 0.25
     people = found.boxes[found.labels == 0]
     assert max(iou(mine, boxes[0]) for mine in people) > 0.7
 
 
+def test_what_is_found_is_what_evaluate_finds_image_by_image(predictor, shared):
+    folder = shared / "data/coco_mini/val2017"
+    index = load_coco(shared / "data/coco_mini/annotations/instances_val2017.json", folder).head(48)
+    samples = Samples(
+        index, (Letterbox(CONFIG.image_size, CONFIG.preprocessing.resize),), CONFIG.image_size, 16, shuffle=False
+    )
+    callback = post_prediction(predictor.model, CONFIG.thresholds)
+    batches = local_eval_batches(samples, 16)
+    measured = run(predictor.model, batches, index, CONFIG.preprocessing, callback, predictor.device, print)
+    rows = {row: (placement, found) for row, placement, found in measured}
+    predicted = predictor.predict([index.path(row) for row in range(len(index))])
+    assert len(predicted) == len(rows) == 48
+    for row, found in enumerate(predicted):
+        placement, theirs = rows[row]
+        np.testing.assert_allclose(found.boxes, placement.undo(theirs[:, :4].numpy()), atol=1e-2)
+        np.testing.assert_allclose(found.scores, theirs[:, 4].numpy(), atol=1e-5)
+        assert found.labels.tolist() == theirs[:, 5].int().tolist()
+
+
+@pytest.fixture(scope="module")
+def served(photo):
+    """Address of a web server in the photograph's folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(photo[0].parent))
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+SINGLE = {
+    "path": lambda path, served: path,
+    "text": lambda path, served: str(path),
+    "address": lambda path, served: f"{served}/{path.name}",
+    "array": lambda path, served: rgb(path),
+    "PIL image": lambda path, served: PIL.Image.open(path),
+    "tensor": lambda path, served: torch.from_numpy(rgb(path).copy()).permute(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_every_kind_of_single_image(predictor, photo, served, kind):
+    path, _ = photo
+    expected = predictor.predict(path)
+    found = predictor.predict(SINGLE[kind](path, served))
+    assert isinstance(found, Detections)
+    same(found, expected, atol=2)  # PIL decodes a JPEG with other rounding than OpenCV
+    np.testing.assert_allclose(found.image.astype(int), rgb(path), atol=40)
+    (in_list,) = predictor.predict([SINGLE[kind](path, served)])
+    same(in_list, found)
+
+
+def test_every_kind_of_many_images(predictor, photo, tmp_path):
+    path, _ = photo
+    for name in ("a.jpg", "b.JPG", "inner/c.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(path.read_bytes())
+    pixels = torch.from_numpy(rgb(path).copy()).permute(2, 0, 1)
+    expected = predictor.predict(path)
+    for source, count in (
+        (tmp_path, 3),
+        (tmp_path / "*.jpg", 1),
+        (f"{tmp_path}/**/*.[jJ]*", 3),
+        (torch.stack((pixels, pixels)), 2),
+        ([path, rgb(path), tmp_path], 5),
+    ):
+        found = predictor.predict(source, batch_size=2)
+        assert isinstance(found, Found)
+        assert len(found) == count
+        assert found.failed == {}
+        for one in found:
+            same(one, expected, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"cannot detect in ndarray of float32 \[4, 4, 3\]"),
+        (np.zeros((4, 4), np.uint8), r"ndarray of uint8 \[4, 4\]"),
+        (torch.zeros(3, 4, 4), r"Tensor of torch.float32 \[3, 4, 4\].* values 0 to 255"),
+        (None, "cannot detect in NoneType"),
+        ([], "the list is empty"),
+        ("/none.mp4", "/none.mp4: no such file or folder"),
+        ("/none/*.jpg", r"/none/\*.jpg: no images"),
+        ("s3://bucket/photos", "raydet batch-predict"),
+        ("http://127.0.0.1:9/a.jpg", "http://127.0.0.1:9/a.jpg: cannot be read"),
+        (99, "camera 99: cannot be opened"),
+    ],
+    ids=str,
+)
+def test_what_is_no_source_is_named(predictor, source, message):
+    with pytest.raises(RaydetError, match=message):
+        predictor.predict(source)
+
+
+@pytest.mark.parametrize("kind", ["path", "PIL image"])
+def test_the_orientation_that_a_camera_noted_is_applied(predictor, photo, tmp_path, kind):
+    turned = PIL.Image.fromarray(rgb(photo[0])).transpose(PIL.Image.Transpose.ROTATE_90)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    found = predictor.predict(SINGLE[kind](tmp_path / "turned.png", None))
+    np.testing.assert_array_equal(found.image, rgb(photo[0]))
+    same(found, predictor.predict(rgb(photo[0])))
+
+
+def test_a_large_image_is_seen_as_in_training(predictor, photo, tmp_path):
+    """Training decodes it smaller; just to sample it would leave noise."""
+    path, _ = photo
+    rng = np.random.default_rng(0)
+    image = cv2.resize(cv2.imread(str(path)), None, fx=4, fy=4)
+    noisy = np.clip(image + rng.normal(0, 60, image.shape), 0, 255).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "1.jpg"), noisy, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    reduced = cv2.imread(str(tmp_path / "1.jpg"), cv2.IMREAD_REDUCED_COLOR_4)
+    close = np.abs(predictor.fit(cv2.imread(str(tmp_path / "1.jpg"))).astype(int) - predictor.fit(reduced))
+    assert close.mean() < 2
+
+
 def test_images_of_any_size_share_a_batch(predictor, photo):
-    image = cv2.imread(str(photo[0]))
-    tall = cv2.resize(image, None, fx=0.5, fy=0.8)
-    together, alone = predictor.predict([image, tall]), [predictor.predict([one])[0] for one in (image, tall)]
+    image = rgb(photo[0])
+    tall = np.asarray(PIL.Image.fromarray(image).resize((image.shape[1] // 2, image.shape[0])))
+    together, alone = predictor.predict([image, tall]), [predictor.predict(one) for one in (image, tall)]
     for ours, theirs in zip(together, alone, strict=True):
-        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-2)
-        assert ours.names == theirs.names
+        same(ours, theirs)
 
 
-def test_score_replaces_the_checkpoint_s(predictor, photo):
-    image = cv2.imread(str(photo[0]))
-    few, many = predictor.predict([image], 0.6)[0], predictor.predict([image], 0.05)[0]
-    assert 0 < len(few.scores) < len(many.scores)
+def test_score_and_iou_replace_the_checkpoint_s(predictor, photo):
+    few, many = predictor.predict(photo[0], 0.6), predictor.predict(photo[0], 0.05)
+    assert 0 < len(few) < len(many)
     assert few.scores.min() >= 0.6
+    assert len(predictor.predict(photo[0], 0.05, iou=0.95)) > len(many)
+    with pytest.raises(RaydetError, match="iou: 65 is not between 0 and 1"):
+        predictor.predict(photo[0], iou=65)
 
 
 def test_coco_results_have_the_data_set_s_category_ids(predictor, photo):
-    found = predictor.predict([cv2.imread(str(photo[0]))])[0]
-    shifted = Predictor(
-        predictor.model, replace(CONFIG, category_ids=tuple(range(101, 181))), predictor.device
-    ).to_coco(found, 7)
+    found = predictor.predict(photo[0])
+    shifted = replace(found, config=replace(CONFIG, category_ids=tuple(range(101, 181)))).to_coco()
     assert [entry["category_id"] - 101 for entry in shifted] == found.labels.tolist()
-    assert {entry["image_id"] for entry in shifted} == {7}
+    assert {entry["image_id"] for entry in shifted} == {int(photo[0].stem)}
+    assert {entry["image_id"] for entry in found.to_coco(7)} == {7}
     x, y, width, height = shifted[0]["bbox"]
     np.testing.assert_allclose([x, y, x + width, y + height], found.boxes[0], atol=2e-3)
 
 
-def test_files_are_found_below_a_folder(tmp_path, predictor):
+def test_detections_are_drawn_and_saved(predictor, photo, tmp_path):
+    found = predictor.predict(photo[0])
+    found.save(tmp_path / "drawn.png")
+    np.testing.assert_array_equal(rgb(tmp_path / "drawn.png"), found.draw())
+    assert (found.draw() != found.image).any()
+
+
+@pytest.fixture
+def broken(photo, tmp_path):
+    """A folder with three photographs, of which the second is cut off."""
+    content = photo[0].read_bytes()
+    for name, kept in (("1.jpg", None), ("2.jpg", 5000), ("3.jpg", None)):
+        (tmp_path / "broken" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "broken" / name).write_bytes(content[:kept])
+    return tmp_path / "broken"
+
+
+def test_a_broken_file_among_many_is_left_out_by_name(predictor, broken, caplog):
+    found = predictor.predict(broken, batch_size=2)
+    assert [os.path.basename(one.picture.name) for one in found] == ["1.jpg", "3.jpg"]
+    assert list(found.failed) == [str(broken / "2.jpg")]
+    assert f"left out: {broken}/2.jpg is not an image" in caplog.text
+    same(found[0], found[1])
+    with pytest.raises(RaydetError, match=r"2\.jpg is not an image"):
+        predictor.predict(broken / "2.jpg")
+
+
+def test_what_is_saved_of_a_folder_with_a_broken_file(predictor, broken, tmp_path):
+    target = open_target(str(broken), tmp_path / "out")
+    saved = save(predictor.stream(target.source), target)
+    assert (saved.images, list(saved.failed)) == (2, [str(broken / "2.jpg")])
+    assert saved.summary.endswith("; 1 could not be read")
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.jpg", "3.jpg", "detections.json"]
+    results = json.loads((tmp_path / "out/detections.json").read_text())
+    assert {(entry["image_id"], entry["file_name"]) for entry in results} == {(1, "1.jpg"), (3, "3.jpg")}
+
+
+@pytest.fixture(scope="module")
+def clip(shared, tmp_path_factory):
+    """A video of 21 frames, 7 a second, 320x240 pixels."""
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 7, (320, 240))
+    images = sorted((shared / "data/coco_mini/val2017").glob("*.jpg"))[:21]
+    for image in images:
+        writer.write(cv2.resize(cv2.imread(str(image)), (320, 240)))
+    writer.release()
+    return path
+
+
+def properties(path):
+    video = cv2.VideoCapture(str(path))
+    kinds = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
+    return [video.get(kind) for kind in kinds]
+
+
+def test_a_video_is_read_as_it_is_asked_for(predictor, clip):
+    stream = predictor.predict(clip, batch_size=4)
+    assert isinstance(stream, Stream)
+    first = next(iter(stream))
+    assert first.image.shape == (240, 320, 3)
+    frames = list(stream)
+    assert len(frames) == 21
+    same(frames[0], first)
+    same(predictor.predict(frames[5].image), frames[5])
+    assert len(list(predictor.predict([clip, frames[0].image]))) == 22
+
+
+def test_a_video_goes_in_and_comes_out(predictor, clip, tmp_path):
+    assert properties(clip) == [21, 7, 320, 240]
+    predictor.predict(clip).save(tmp_path / "found.mp4")
+    assert properties(tmp_path / "found.mp4") == properties(clip)
+    assert os.listdir(tmp_path) == ["found.mp4"]
+    with pytest.raises(RaydetError, match=r"videos are written as \.mp4"):
+        predictor.predict(clip).save(tmp_path / "found.gif")
+
+
+def test_what_is_saved_of_a_video(predictor, clip, tmp_path):
+    target = open_target(str(clip), tmp_path)
+    saved = save(predictor.stream(target.source), target)
+    assert saved.images == 21
+    assert properties(tmp_path / "clip.mp4") == properties(clip)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["image_id"] for entry in results} <= set(range(1, 22))
+    with pytest.raises(RaydetError, match="is the folder of the video"):
+        open_target(str(clip), clip.parent)
+
+
+def test_files_are_found_below_a_folder(tmp_path):
     (tmp_path / "inner").mkdir()
-    for name in ("b.PNG", "inner/a.jpg"):
-        cv2.imwrite(str(tmp_path / name), np.zeros((20, 30, 3), np.uint8))
-    (tmp_path / "notes.txt").write_text("")
-    files = image_files(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in files] == ["b.PNG", "inner/a.jpg"]
-    assert [path for path, *_ in predict_files(predictor, files, None, batch_size=1)] == files
+    for name in ("b.PNG", "inner/a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [str(path.relative_to(tmp_path)) for path in image_files(tmp_path)] == ["b.PNG", "inner/a.jpg"]
     assert image_files(tmp_path / "b.PNG") == [tmp_path / "b.PNG"]
 
 
