@@ -1,6 +1,7 @@
 """Writes a data set as shards on a Ray cluster; the arguments are those of `raydet ingest`.
 
-ray job submit --working-dir . -- python jobs/ingest.py coco2017_yolox_s s3://bucket/coco data.root=s3://bucket/raw
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/ingest.py coco2017_yolox_s \
+    s3://bucket/coco data.root=s3://bucket/raw
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Detects in any number of images on a Ray cluster; the arguments are those of `raydet batch-predict`.
 
-ray job submit --working-dir . -- python jobs/predict.py /shared/runs/mine s3://bucket/photos s3://bucket/found
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/predict.py /shared/runs/mine \
+    s3://bucket/photos s3://bucket/found
 """
 
 import sys

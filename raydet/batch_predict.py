@@ -122,7 +122,7 @@ def batch_predict(
         source: folder of images, a URI or a path that all nodes share.
         out: folder for the detections, likewise.
         form: "parquet", or "coco": COCO's results besides.
-        conf: lowest score, in place of the checkpoint's.
+        conf: lowest score; None: the checkpoint's, but at least 0.25.
         iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
         batch_size: images at once.
         shard_images: images of a part, which is what a start that is killed loses for each actor.
@@ -136,18 +136,20 @@ def batch_predict(
     import ray
     import ray.data
 
-    from raydet.cluster import connect
-    from raydet.predict import with_thresholds
+    from raydet.cluster import check_kept, connect
+    from raydet.predict import shown_score, with_thresholds
     from raydet.recipe import Scale
     from raydet.sources import IMAGE_SUFFIXES
     from raydet.training import checkpoint as checkpoints
 
     if form not in FORMS:
         raise RaydetError(f"--format {form}: it is {' or '.join(FORMS)}")
+    check_kept(out, "OUT")
     began = time.monotonic()
     folder = checkpoints.find(Path(checkpoint))
     config = checkpoints.read_config(folder)
     model = checkpoints.load_model(folder, config)
+    conf = shown_score(config.thresholds) if conf is None else conf
     thresholds = with_thresholds(config.thresholds, conf, iou)
     images, target = Store(source), Store(out)
     listed = {

@@ -44,7 +44,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="in this process, without R
 Device = Annotated[
     str | None, typer.Option("--device", help="such as cuda:1 or cpu [default: the first GPU, or else the CPU]")
 ]
-Score = Annotated[float, typer.Option("--score", help="lowest score of a detection", min=0, max=1)]
+Score = Annotated[
+    float | None,
+    typer.Option(
+        "--score", help="lowest score of a detection [default: 0.25, or the checkpoint's if higher]", min=0, max=1
+    ),
+]
 IoU = Annotated[
     float | None,
     typer.Option("--iou", help="of two boxes that overlap more the better stays [default: the checkpoint's]", max=1),
@@ -276,7 +281,7 @@ def predict(
     out: Annotated[
         Path, typer.Option("--out", "--save", help="folder for the pictures or the video, and detections.json")
     ] = Path("predictions"),
-    score: Score = 0.25,
+    score: Score = None,
     iou: IoU = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
     device: Device = None,
@@ -289,11 +294,12 @@ def predict(
 
     Example: raydet predict runs/demo photos/ --score 0.4
     """
-    from raydet.predict import load
+    from raydet.predict import load, shown_score
     from raydet.predictions import open_target, save
 
     target = open_target(source, out)
     predictor = load(checkpoint, device)
+    score = shown_score(predictor.config.thresholds) if score is None else score
     found = save(predictor.stream(target.source, score, iou, batch_size), target)
     for name, reason in found.failed.items():
         _say(f"not done: {name}: {reason}")
@@ -310,7 +316,7 @@ def batch_predict(
     form: Annotated[
         str, typer.Option("--format", help="parquet, or coco: a COCO results JSON besides", metavar="FORMAT")
     ] = "parquet",
-    score: Score = 0.25,
+    score: Score = None,
     iou: IoU = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
     shard_images: Annotated[

@@ -28,6 +28,8 @@ from raydet.visualization import draw_boxes, write_picture, write_video
 
 logger = logging.getLogger(__name__)
 
+SHOWN_SCORE = 0.25  # below it are detections that an evaluation counts, but nobody wants to see
+
 
 @dataclass(frozen=True, eq=False)
 class Detections:
@@ -279,6 +281,11 @@ def load(path: str | Path, device: str | None = None, model: nn.Module | None = 
     folder = checkpoint.find(Path(path))
     config = checkpoint.read_config(folder)
     return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
+
+
+def shown_score(thresholds: Eval) -> float:
+    """Return the lowest score that people want to see: not all that an evaluation counts, unless tuned to be higher."""
+    return max(SHOWN_SCORE, thresholds.score)
 
 
 def with_thresholds(thresholds: Eval, conf: float | None, iou: float | None) -> Eval:

@@ -127,6 +127,7 @@ def _range(value: Any) -> Any:
 Factor = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Side = Annotated[int, Field(gt=0, multiple_of=32)]
+Label = Annotated[str, Field(pattern=r"^[^=]+=[^=]+$")]
 Range = Annotated[tuple[Factor, Factor], BeforeValidator(_range)]
 
 
@@ -342,6 +343,12 @@ class Scale(Section):
     data_tasks: int | None = Field(
         None, ge=1, description="Ray Data tasks at once; null: three for every two CPUs that the workers leave"
     )
+    data_label: Label | None = Field(
+        None,
+        description="nodes whose CPUs run the data tasks, such as raydet=data, a label of `ray start --labels`; "
+        "null: any",
+    )
+    worker_label: Label | None = Field(None, description="nodes that run the workers, likewise")
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
     hang_minutes: float = Field(
         30.0,

@@ -137,9 +137,10 @@ def ingest(
     import ray
     import ray.data
 
-    from raydet.cluster import connect
+    from raydet.cluster import check_kept, connect
     from raydet.data.formats import Split, load_index
 
+    check_kept(out, "OUT")
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of errors, we say in a line
     known: tuple[Split, ...] = ("train", "val")

@@ -46,6 +46,19 @@ NEXT_SEGMENT_LEAD_S = 30.0
 STARVED_AFTER_S = 60.0
 
 
+@dataclass(frozen=True)
+class DataTasks:
+    """The Ray Data tasks of a stream.
+
+    Attributes:
+        most: at once; None: as many as Ray has CPUs for.
+        nodes: labels of the nodes that run them; None: any node.
+    """
+
+    most: int | None = None
+    nodes: dict[str, str] | None = None
+
+
 class Ranks(Protocol):
     """What the stream must know of the worker group it feeds."""
 
@@ -65,7 +78,7 @@ def train_batches(
     batch_size: int,
     ranks: Ranks,
     *,
-    tasks: int | None = None,
+    tasks: DataTasks = DataTasks(),
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yield this rank's batches of positions start … stop - 1, made by Ray Data tasks.
@@ -77,7 +90,7 @@ def train_batches(
         stop: end, whole global batches after it.
         batch_size: of one rank.
         ranks: the worker group; every rank iterates at the same time.
-        tasks: Ray Data tasks at once; None: as many as Ray has CPUs for.
+        tasks: which make them.
         pin_memory: batches in pinned memory, for a GPU.
     """
     turn = gcd(batch_size, samples.chunk_size, start)
@@ -123,7 +136,7 @@ def eval_batches(
     batch_size: int,
     ranks: Ranks,
     *,
-    tasks: int | None = None,
+    tasks: DataTasks = DataTasks(),
     pin_memory: bool = False,
 ) -> Callable[[], Iterator[Batch]]:
     """Return what yields this rank's share of all images, each exactly once over the ranks; it can be called again.
@@ -144,7 +157,7 @@ class _Segment:
     start: int
     stop: int
     block_size: int
-    tasks: int | None
+    tasks: DataTasks
 
     def split(self, ranks: int, *, equal: bool) -> list[Any]:
         import ray.data
@@ -163,7 +176,7 @@ class _Segment:
                 "block_size": self.block_size,
             },
             num_cpus=TASK_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=self.tasks),
+            compute=ray.data.TaskPoolStrategy(size=self.tasks.most),
             # A task that has begun runs to its end: one that waits for a reader would keep its CPU from the validation.
             _generator_backpressure_num_objects=-1,
         )
@@ -171,6 +184,7 @@ class _Segment:
         # A table is larger than its pixels, so that each becomes a block of its own.
         context.target_max_block_size = self.block_size * 3 * self.samples.image_size[0] * self.samples.image_size[1]
         context.execution_options.preserve_order = True
+        context.execution_options.label_selector = self.tasks.nodes
         context.execution_no_progress_timeout_s = -1  # a long validation pauses the training stream
         context.enable_progress_bars = False
         context.print_on_execution_start = False

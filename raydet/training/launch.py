@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from raydet.cluster import connect
+from raydet.cluster import check_kept, connect, label_selector, workers_on
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.data.samples import Samples
+from raydet.data.stream import DataTasks
 from raydet.errors import RaydetError, user_error
 from raydet.plot import plot
 from raydet.predict import pick_device
@@ -29,7 +30,6 @@ from raydet.recipe import (
     ExtremeBatchDetectionVisualizationCallback,
     Pictures,
     Recipe,
-    Scale,
 )
 from raydet.recipe import load as load_recipe
 from raydet.report import report
@@ -112,6 +112,7 @@ def train(
         raise RaydetError(f"name: {settings.name} ends with {_DEBUG}, as runs of the debugger do, which start over")
     if debug:
         settings = settings.model_copy(update={"name": settings.name + _DEBUG})
+    check_kept(settings.storage, "storage")
     problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
     train_index = train_data if train_data is not None else load_index(settings.data, "train", problems["train"])
     val_index = val_data if val_data is not None else load_index(settings.data, "val", problems["val"])
@@ -183,6 +184,8 @@ def evaluate(
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
     path = Path(path).expanduser()
+    if out is not None:
+        check_kept(out, "out")
     if path.suffix == ".json" and path.is_file():
         val_index = load_index(load_evaluated(path, recipe, overrides).data, "val")
         evaluation = read_results(path, val_index)
@@ -314,11 +317,14 @@ def _on_ray(
     with contextlib.ExitStack() as stack:
         if started:
             stack.callback(ray.shutdown)
-        gpu, cpus = _resources(scale)
+        gpu, cpus, coming = workers_on(scale)
         if job.recipe.train.sync_bn and not gpu and most > 1 and worker is train_worker:
             raise RaydetError("train.sync_bn: torch has norms over several workers on GPUs only; set it to false")
         count = f"{most}" if fewest == most else f"{fewest} to {most}"
         say(f"starting {count} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
+        if coming:
+            say("waiting for nodes that the cluster's autoscaler starts, up to half an hour")
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
         given = {
             "job": ray.put(job),
             "sources": {
@@ -326,7 +332,7 @@ def _on_ray(
                 for split, samples in zip(("train", "val"), streams, strict=True)
                 if samples is not None
             },
-            "data_tasks": scale.data_tasks,
+            "data": DataTasks(scale.data_tasks, label_selector(scale.data_label)),
         }
         # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
         notes = job.folder / "ray"
@@ -344,6 +350,7 @@ def _on_ray(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,
                 resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share},
+                label_selector=label_selector(scale.worker_label),
             ),
             run_config=RunConfig(
                 name=notes.name,
@@ -355,7 +362,11 @@ def _on_ray(
             validation_config=ValidationConfig(
                 fn=validate_elsewhere,
                 task_config=ValidationTaskConfig(fn_kwargs={"given": given}),
-                ray_remote_kwargs={"num_cpus": cpus, "num_gpus": int(gpu)},
+                ray_remote_kwargs={
+                    "num_cpus": cpus,
+                    "num_gpus": int(gpu),
+                    "label_selector": label_selector(scale.worker_label),
+                },
             )
             if scale.async_validation
             else None,
@@ -419,63 +430,6 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, earlier)
-
-
-def share_of_cluster(scale: Scale, concurrent: int | None) -> tuple[Scale, int]:
-    """Return the resources of each of several trainings at once, and how many of them.
-
-    Args:
-        scale: of each.
-        concurrent: how many; None: as there is room for.
-
-    Raises:
-        RaydetError: the cluster is too small.
-    """
-    import ray
-
-    gpu, cpus = _resources(scale, concurrent or 1)
-    total = ray.cluster_resources()
-    workers = scale.workers[1]
-    room = (int(total["CPU"]) - max(1, scale.data_tasks or 1)) // (workers * cpus)
-    if gpu:
-        room = min(room, int(total["GPU"] / scale.gpu_share + 1e-6) // workers)
-    if concurrent is not None and concurrent > room:
-        raise RaydetError(f"tune.concurrent is {concurrent}, but the cluster has room for {room} trials of that scale")
-    resources = {"gpu": gpu, "cpus_per_worker": cpus}
-    return scale.model_copy(update=resources), concurrent or room
-
-
-def _resources(scale: Scale, groups: int = 1) -> tuple[bool, int]:
-    """Return whether workers get GPUs, and how many CPUs each; a validation beside them gets as much.
-
-    Args:
-        scale: the workers of a group.
-        groups: at once.
-
-    Raises:
-        RaydetError: the cluster is too small; Ray would wait for ever.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
-    node = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-    fewest, most = (groups * (count + scale.async_validation) for count in scale.workers)
-    what = f"scale.num_workers is {scale.num_workers}{' and scale.async_validation true' * scale.async_validation}"
-    what += f", tune.concurrent {groups}" * (groups > 1)
-    gpu = gpus >= fewest * scale.gpu_share if scale.gpu is None else scale.gpu
-    if gpu and gpus < fewest * scale.gpu_share:
-        raise RaydetError(f"{what}, but there are {gpus} GPUs; or set scale.gpu=false")
-    spare = max(1, scale.data_tasks or 1)
-    # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.
-    share = (cpus - spare) // most if scale.workers[0] == scale.workers[1] else node - 1
-    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, share)))
-    if fewest * each + 1 > cpus:
-        raise RaydetError(
-            f"{what}: {fewest} times {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "
-            "lower scale.num_workers or scale.cpus_per_worker"
-        )
-    return gpu, each
 
 
 def _stop_on_user_error() -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
 from raydet.data.samples import Samples
-from raydet.data.stream import eval_batches, train_batches
+from raydet.data.stream import DataTasks, eval_batches, train_batches
 from raydet.errors import user_error
 from raydet.outputs import shapes
 from raydet.predict import pick_device
@@ -90,7 +90,7 @@ class LocalWorld:
 class RayWorld:
     """A worker of a Ray Train run."""
 
-    def __init__(self, job: Job, sources: dict[str, Any], data_tasks: int | None, beat: Callable[[], None]):
+    def __init__(self, job: Job, sources: dict[str, Any], data_tasks: DataTasks, beat: Callable[[], None]):
         import ray
         import ray.train
         import ray.train.torch
@@ -161,7 +161,7 @@ def train_worker(given: dict[str, Any]) -> Ended:
     log = _worker_log(job)
     stacks = job.folder / f"hang_rank_{ray.train.get_context().get_world_rank()}.txt"
     with Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say) as watchdog:
-        world = RayWorld(job, given["sources"], given["data_tasks"], watchdog.beat)
+        world = RayWorld(job, given["sources"], given["data"], watchdog.beat)
         with tracked(job, log, world.rank):
             return train_loop(job, world, log)
 
@@ -180,7 +180,7 @@ def _surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
     import ray
 
     job: Job = ray.get(given["job"])
-    world = RayWorld(job, given["sources"], given["data_tasks"], beat=lambda: None)
+    world = RayWorld(job, given["sources"], given["data"], beat=lambda: None)
     return job, world, _worker_log(job)
 
 
@@ -212,7 +212,7 @@ def validate_elsewhere(pointer: Any, given: dict[str, Any]) -> dict[str, float]:
             ray.get(given["sources"]["val"]),
             job.recipe.eval.batch_size,
             _Alone(),
-            tasks=given["data_tasks"],
+            tasks=given["data"],
             pin_memory=device.type == "cuda",
         )()
         log = RunLog(job.folder)

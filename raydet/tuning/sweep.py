@@ -22,7 +22,7 @@ import ray
 from ray import tune as ray_tune
 from torch import nn
 
-from raydet.cluster import connect, prepare_tune
+from raydet.cluster import check_kept, connect, prepare_tune, share_of_cluster
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
@@ -30,7 +30,7 @@ from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
-from raydet.training.launch import share_of_cluster, train
+from raydet.training.launch import train
 from raydet.training.prepare import make_job
 from raydet.tuning.board import Board
 from raydet.tuning.pictures import draw
@@ -89,6 +89,7 @@ def tune(
     """
     settings = load_recipe(recipe, overrides)
     _check_space(settings)
+    check_kept(settings.storage, "storage")
     if settings.scale.async_validation:  # whose results do not reach Ray Tune
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})

@@ -1,0 +1,239 @@
+"""`ray job submit` of everything in jobs/, to a cluster of its own with a dashboard, a job server and tokens."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.unit.test_tracking import records
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SUBMIT_S = 150
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Server:
+    """A Ray head node with a job server; commands run from the project's folder, as README prints them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        gcs, dashboard, agent, agent_grpc, client, metrics, environment = free_ports(7)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY")},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is that of `ray start`
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "WANDB_MODE": "offline",
+            "RAYDET_CACHE": str(folder / "cache"),
+        }
+        options = {
+            "port": gcs,
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "dashboard-agent-grpc-port": agent_grpc,
+            "ray-client-server-port": client,
+            "metrics-export-port": metrics,
+            "runtime-env-agent-port": environment,
+            "num-cpus": 5,
+            "object-store-memory": 300 * 2**20,
+            "temp-dir": folder / "ray",
+        }
+        command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
+        with (folder / "head.log").open("w") as log:
+            self._head = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        until(lambda: self.ray("job", "list").returncode == 0, 60, "the job server answers")
+
+    def ray(self, *arguments):
+        return subprocess.run(
+            ["ray", *map(str, arguments)],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=SUBMIT_S,
+            check=False,
+        )
+
+    def submit(self, name, *arguments, job, wait=True):
+        """Submit a job of jobs/ under an id of its own, and follow it to its end or not."""
+        given = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--submission-id", job]
+        options = [*given, *(() if wait else ("--no-wait",))]
+        return self.ray("job", "submit", *options, "--", "python", f"jobs/{name}.py", *arguments)
+
+    def logs(self, job):
+        return self.ray("job", "logs", job).stdout
+
+    def info(self, job, token=None):
+        """Return what the server knows of a job, over HTTP as a dashboard asks it."""
+        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}"
+        headers = {"Authorization": f"Bearer {token or self.environment['RAY_AUTH_TOKEN']}"}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+            return json.load(answer)
+
+    def stop(self):
+        """Stop what this has started and nothing else."""
+        self._head.send_signal(signal.SIGTERM)
+        try:
+            self._head.wait(20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._head.pid, signal.SIGKILL)
+
+
+def until(holds, seconds, what):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def server():
+    folder = Path(tempfile.mkdtemp(prefix="rj-"))  # the paths of Ray's sockets are short
+    server = Server(folder)
+    yield server
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def options(shapes, server):
+    return [
+        f"data.root={shapes}",
+        f"storage={server.folder}/runs",
+        "data.image_size=96",
+        "data.chunk_size=16",
+        "train.batch_size=8",
+        "eval.every=1",
+        "track.log_every=1",
+        "scale.cpus_per_worker=1",
+        "scale.num_workers=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(server, options):
+    """A training that was stopped in the middle of an epoch, and submitted again."""
+    training = ["demo", *options, "name=a", "train.epochs=12", "eval.every=6", "track.wandb=true"]
+    server.submit("train", *training, job="first", wait=False)
+    until(lambda: "step 7/" in server.logs("first"), SUBMIT_S, "the seventh step")
+    stop = server.ray("job", "stop", "first")
+    assert stop.returncode == 0, stop.stderr
+    stopped = server.logs("first")
+    return stopped, server.info("first"), server.submit("train", *training, job="second"), server.folder / "runs" / "a"
+
+
+def steps_in(log):
+    return [int(step) for step in re.findall(r"step (\d+)/60", log)]
+
+
+def test_a_job_is_stopped_after_its_step_with_a_checkpoint(trained):
+    log, info, _, folder = trained
+    assert "stopping after this step, with a checkpoint" in log
+    assert "what was interrupted goes on when the same command is run again" in log
+    assert re.search(r"checkpoint: checkpoint_\d{6}_\d{8}", log), "in the middle of an epoch"
+    assert info["status"] == "STOPPED"
+    assert 7 <= steps_in(log)[-1] < 60
+    assert not list(folder.glob(".partial*"))
+
+
+def test_submitted_again_it_goes_on_where_it_was(trained):
+    log, _, again, folder = trained
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"resumed after step {steps_in(log)[-1]}" in again.stdout
+    assert steps_in(again.stdout) == list(range(steps_in(log)[-1] + 1, 61))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 61))
+    assert (folder / "report.html").is_file()
+
+
+def test_a_stopped_job_has_ended_its_run_of_weights_and_biases(trained):
+    *_, folder = trained
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    assert sum(record.HasField("exit") for record in records(folder)) == 2
+
+
+def test_a_job_evaluates_what_a_job_has_trained(server, trained):
+    *_, folder = trained
+    out = server.folder / "evaluation"
+    ended = server.submit("evaluate", folder, "--out", out, "scale.cpus_per_worker=1", job="evaluate")
+    assert ended.returncode == 0, ended.stdout
+    measured = json.loads((out / "metrics.json").read_text())
+    trained = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert {f"val/{name}": value for name, value in measured.items()} == pytest.approx(trained, abs=1e-6)
+
+
+def test_a_job_sweeps(server, options):
+    sweep = ["name=b", "train.epochs=1", "tune.trials=2", "tune.search=random", "tune.stop=none"]
+    space = ["tune.space={train.lr: {loguniform: [0.01, 0.1]}}"]
+    ended = server.submit("tune", "demo", *options, *sweep, *space, job="tune")
+    assert ended.returncode == 0, ended.stdout
+    trials = json.loads((server.folder / "runs" / "b-tune" / "trials.json").read_text())
+    assert len(trials) == 2
+    assert not any(trial["error"] for trial in trials)
+
+
+def test_a_job_detects_in_a_folder(server, trained, shapes):
+    *_, folder = trained
+    out = server.folder / "found"
+    ended = server.submit("predict", folder, shapes / "val", out, "--actors", "1", job="predict")
+    assert ended.returncode == 0, ended.stdout
+    assert sum(len(pq.read_table(path)) for path in out.glob("part-*.parquet")) == 24
+
+
+def test_a_job_ingests(server, shapes):
+    out = server.folder / "shards"
+    ended = server.submit("ingest", shapes, out, job="ingest")
+    assert ended.returncode == 0, ended.stdout
+    assert {path.parent.name for path in out.rglob("*.parquet")} == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.epoch=2", "error: recipe demo: train.epoch: no such setting; did you mean train.epochs?"),
+        ("storage=runs", "error: storage: runs is in the working directory of this job, which Ray deletes"),
+    ],
+)
+def test_a_mistake_is_a_line_and_an_exit_code(server, options, override, says):
+    job = override.partition("=")[0]
+    ended = server.submit("train", "demo", *options, override, job=job)
+    assert ended.returncode == 1  # Ray's, of any job that failed
+    assert says in server.logs(job)
+    assert "Traceback" not in server.logs(job)
+    assert server.info(job)["driver_exit_code"] == 2
+
+
+def test_strangers_submit_nothing(server):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.info("first", token="wrong" * 8)
+    assert error.value.code in (401, 403)
