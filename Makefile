@@ -12,8 +12,9 @@ SHAPES := data/shapes/annotations/instances_val.json
 demo: $(INSTALLED) $(SHAPES)
 	$(BIN)/raydet train demo
 
+# Two files at a time, in order: those of Ray come first, and wait more than they compute.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

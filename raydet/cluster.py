@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from raydet.data.store import is_uri
 from raydet.errors import RaydetError
@@ -79,15 +78,15 @@ def share_of_cluster(scale: Scale, concurrent: int | None) -> tuple[Scale, int]:
         RaydetError: the cluster is too small.
     """
     gpu, cpus, _ = workers_on(scale, concurrent or 1)
-    total, spare = _resources(scale.worker_label), _kept_for_data(scale)
+    room = _Room(scale)
     workers = scale.workers[1]
-    room = (int(total["CPU"]) - spare) // (workers * cpus)
+    most = (room.cpus - room.kept_for_data) // (workers * cpus)
     if gpu:
-        room = min(room, int(total["GPU"] / scale.gpu_share + 1e-6) // workers)
-    if concurrent is not None and concurrent > room:
-        raise RaydetError(f"tune.concurrent is {concurrent}, but the cluster has room for {room} trials of that scale")
+        most = min(most, int(room.gpus / scale.gpu_share + 1e-6) // workers)
+    if concurrent is not None and concurrent > most:
+        raise RaydetError(f"tune.concurrent is {concurrent}, but the cluster has room for {most} trials of that scale")
     resources = {"gpu": gpu, "cpus_per_worker": cpus}
-    return scale.model_copy(update=resources), concurrent or room
+    return scale.model_copy(update=resources), concurrent or most
 
 
 def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
@@ -103,62 +102,60 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
     Raises:
         RaydetError: the cluster is too small; Ray would wait for ever.
     """
-    total, spare = _resources(scale.worker_label), _kept_for_data(scale)
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
-    node = max((int(node["Resources"].get("CPU", 0)) for node in _nodes(scale.worker_label)), default=1)
+    room = _Room(scale)
     fewest, most = (groups * (count + scale.async_validation) for count in scale.workers)
     what = f"scale.num_workers is {scale.num_workers}{' and scale.async_validation true' * scale.async_validation}"
     what += f", tune.concurrent {groups}" * (groups > 1)
-    gpu = gpus >= fewest * scale.gpu_share if scale.gpu is None else scale.gpu
-    if gpu and gpus < fewest * scale.gpu_share:
-        raise RaydetError(f"{what}, but there are {gpus} GPUs; or set scale.gpu=false")
+    gpu = room.gpus >= fewest * scale.gpu_share if scale.gpu is None else scale.gpu
+    if gpu and room.gpus < fewest * scale.gpu_share:
+        raise RaydetError(f"{what}, but there are {room.gpus} GPUs; or set scale.gpu=false")
     # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.
-    share = (cpus - spare) // most if scale.workers[0] == scale.workers[1] else node - min(1, spare)
-    each = scale.cpus_per_worker or (1 if gpu else max(1, min(node, share)))
-    if fewest * each + min(1, spare) > cpus:
+    one = min(1, room.kept_for_data)
+    share = (room.cpus - room.kept_for_data) // most if scale.workers[0] == scale.workers[1] else room.node_cpus - one
+    each = scale.cpus_per_worker or (1 if gpu else max(1, min(room.node_cpus, share)))
+    if fewest * each + one > room.cpus:
         raise RaydetError(
-            f"{what}: {fewest} times {each} CPUs leave no CPU of the cluster's {cpus} for the data tasks: "
+            f"{what}: {fewest} times {each} CPUs leave no CPU of the cluster's {room.cpus} for the data tasks: "
             "lower scale.num_workers or scale.cpus_per_worker"
         )
-    here = _sum(_nodes(scale.worker_label))
     wanted = {"CPU": fewest * each, "GPU": gpu * fewest * scale.gpu_share}
-    return gpu, each, any(here.get(name, 0) < amount for name, amount in wanted.items())
+    return gpu, each, any(room.here.get(name, 0) < amount for name, amount in wanted.items())
 
 
-def _kept_for_data(scale: Scale) -> int:
-    """CPUs of the workers' nodes that are left to the data tasks."""
-    if scale.data_label is not None:
-        theirs = {node["NodeID"] for node in _nodes(scale.data_label)}
-        if theirs.isdisjoint(node["NodeID"] for node in _nodes(scale.worker_label)):
-            return 0
-    return max(1, scale.data_tasks or 1)
+class _Room:
+    """What the nodes have that may run the workers of a recipe.
 
-
-def _resources(label: str | None) -> dict[str, float]:
-    """Return the resources of the nodes that carry a label: those there are, or that the autoscaler may start.
+    Attributes:
+        here: resources of those there are.
+        gpus, cpus: of those and of what the autoscaler may start.
+        node_cpus: CPUs of the largest.
+        kept_for_data: CPUs of them that must be left to the data tasks.
 
     Raises:
-        RaydetError: there is no such node, and no autoscaler that might start one.
+        RaydetError: there is no node for the workers, or for the data tasks, and no autoscaler that might start one.
     """
-    # Of an autoscaler Ray publishes the idle resources only. Of its nodes to come it does not know the labels.
-    from ray._private.state import state
 
-    limits: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
-    nodes = _nodes(label)
-    if not nodes and not limits:
-        raise RaydetError(f"no node of the cluster has the label {label}: ray start --labels {label}")
-    here = _sum(nodes)
-    return {name: max(here.get(name, 0), limits.get(name, 0)) for name in {*here, *limits}}
+    def __init__(self, scale: Scale):
+        import ray
+        from ray._private.state import state
 
-
-def _sum(nodes: list[dict[str, Any]]) -> dict[str, float]:
-    names = {name for node in nodes for name in node["Resources"]}
-    return {name: sum(node["Resources"].get(name, 0) for node in nodes) for name in names}
-
-
-def _nodes(label: str | None) -> list[dict[str, Any]]:
-    """Return Ray's records of the nodes that are alive and carry a label; None: all."""
-    import ray
-
-    selector = label_selector(label) or {}
-    return [node for node in ray.nodes() if node["Alive"] and selector.items() <= node["Labels"].items()]
+        # What there is when the autoscaler has started all nodes it may; Ray publishes it nowhere else, and without
+        # the labels of nodes to come. Empty: there is no autoscaler.
+        limits: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        mine = [
+            node
+            for node in alive
+            if all(node["Resources"].get(name, 0) >= amount for name, amount in scale.worker_resources.items())
+        ]
+        selector = label_selector(scale.data_label) or {}
+        theirs = [node for node in alive if selector.items() <= node["Labels"].items()]
+        if not mine and not limits:
+            raise RaydetError(f"scale.worker_resources: no node has {scale.worker_resources}: ray start --resources=…")
+        if not theirs and not limits:
+            raise RaydetError(f"scale.data_label: no node has the label: ray start --labels={scale.data_label}")
+        names = {name for node in mine for name in node["Resources"]}
+        self.here = {name: sum(node["Resources"].get(name, 0) for node in mine) for name in names}
+        self.gpus, self.cpus = (int(max(self.here.get(name, 0), limits.get(name, 0))) for name in ("GPU", "CPU"))
+        self.node_cpus = max((int(node["Resources"].get("CPU", 0)) for node in mine), default=1)
+        self.kept_for_data = max(1, scale.data_tasks or 1) if any(node in mine for node in theirs) else 0

@@ -348,7 +348,9 @@ class Scale(Section):
         description="nodes whose CPUs run the data tasks, such as raydet=data, a label of `ray start --labels`; "
         "null: any",
     )
-    worker_label: Label | None = Field(None, description="nodes that run the workers, likewise")
+    worker_resources: dict[str, Factor] = Field(
+        {}, description="more that each worker takes, by which its nodes are chosen: {accelerator_type:H100: 0.001}"
+    )
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
     hang_minutes: float = Field(
         30.0,

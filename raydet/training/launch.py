@@ -349,8 +349,7 @@ def _on_ray(
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,
-                resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share},
-                label_selector=label_selector(scale.worker_label),
+                resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share, **scale.worker_resources},
             ),
             run_config=RunConfig(
                 name=notes.name,
@@ -365,7 +364,7 @@ def _on_ray(
                 ray_remote_kwargs={
                     "num_cpus": cpus,
                     "num_gpus": int(gpu),
-                    "label_selector": label_selector(scale.worker_label),
+                    "resources": scale.worker_resources,
                 },
             )
             if scale.async_validation

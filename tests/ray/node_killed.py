@@ -1,8 +1,9 @@
-"""Trains on a cluster of three nodes of this machine and kills one; test_faults.py runs it in a process of its own.
+"""Trains on a cluster of three nodes of this machine, of which one makes the samples, kills another and replaces it;
+test_faults.py runs it in a process of its own.
 
 python node_killed.py RECIPE [key=value]...
 
-Prints one JSON object: when what happened, in seconds since the start.
+Prints one JSON object: when what happened, in seconds since the start, and on which nodes Ray says that what ran.
 """
 
 import json
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 os.environ.update(
     RAY_AUTH_MODE="disabled",
@@ -23,9 +23,11 @@ os.environ.update(
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors, list_tasks
 
 import raydet
 from raydet.recipe import load
+from raydet.training.run import STOP
 
 # How soon a cluster sees that a node is gone; by default it takes half a minute.
 DETECTION = {
@@ -56,13 +58,16 @@ def main(recipe: str, *overrides: str) -> None:
             time.sleep(0.05)
         seen[text] = time.monotonic() - began
 
-    node = {"num_cpus": 3, "object_store_memory": 200 * 2**20}
+    def node(label: str) -> dict[str, object]:
+        what = {"labels": {"raydet": "data"}} if label == "data" else {"resources": {"fake_gpu": 1}}
+        return {"num_cpus": 2, "object_store_memory": 200 * 2**20, **what}
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    head = {**node, "include_dashboard": True, "dashboard_port": port, "_system_config": DETECTION}
+    head = {**node("data"), "include_dashboard": True, "dashboard_port": port, "_system_config": DETECTION}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    others = [cluster.add_node(**node) for _ in range(2)]
+    others = [cluster.add_node(**node("train")) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     thread = threading.Thread(target=run, daemon=True)
@@ -74,9 +79,22 @@ def main(recipe: str, *overrides: str) -> None:
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 1)
     seen["again"] = seen.pop("images/s")
+    cluster.add_node(**node("train"))
+    wait_for("resumed after step", times=2)
+    lines = log.read_text().count("images/s")
+    wait_for("images/s", times=lines + 5)
+    records = {"filters": [("name", "=", "MapBatches(_make_blocks)")], "raise_on_missing_output": False}
+    tasks = list_tasks(limit=10_000, detail=True, **records)
+    workers = [actor for actor in list_actors(limit=10_000, detail=True) if actor.class_name == "RayTrainWorker"]
+    labels = {node["NodeID"]: "data" if node["Labels"].get("raydet") == "data" else "train" for node in ray.nodes()}
+    ran_on = {
+        "tasks": [labels[task.node_id] for task in tasks if task.node_id],
+        "workers": [labels[actor.node_id] for actor in workers if actor.node_id],
+    }
+    (log.parent / STOP).touch()
     thread.join()
     seen["ended"] = time.monotonic() - began
-    print(json.dumps({"seen": seen, "metrics": ended[0], "log": Path(log).read_text()}))
+    print(json.dumps({"seen": seen, "ran_on": ran_on, "ended": str(ended[0]), "log": log.read_text()}))
     ray.shutdown()
     cluster.shutdown()
 

@@ -74,7 +74,7 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     assert {trial.state for trial in sweep.trials} == {"finished", "stopped early"}
 
     # All that the trials had is free again.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.2)
