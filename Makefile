@@ -12,9 +12,10 @@ SHAPES := data/shapes/annotations/instances_val.json
 demo: $(INSTALLED) $(SHAPES)
 	$(BIN)/raydet train demo
 
-# Two files at a time, in order: those of Ray come first, and wait more than they compute.
+# Two files at a time; those of Ray have all of the machine.
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile tests/gpu tests/parity tests/unit
+	$(BIN)/pytest tests/ray
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -353,6 +353,39 @@ def batch_predict(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    form: Annotated[str, typer.Option("--format", help="onnx, the only one so far", metavar="FORMAT")] = "onnx",
+    output: Annotated[
+        str, typer.Option("--output", help="batch: count, boxes, scores and labels of each image; flat: [N, 7]")
+    ] = "batch",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the file", show_default="model.onnx in the checkpoint's folder")
+    ] = None,
+    score: Annotated[
+        float | None, typer.Option("--score", help="lowest score [default: the checkpoint's]", min=0, max=1)
+    ] = None,
+    iou: IoU = None,
+) -> None:
+    """Write a checkpoint as an ONNX file that needs no raydet: uint8 images in, detections out, NMS inside.
+
+    It detects in validation images, and is written if onnxruntime finds there what PyTorch does.
+
+    Example: raydet export runs/demo --score 0.25 && raydet predict runs/demo/checkpoint_000012/model.onnx photos/
+    """
+    from raydet.export import export as run
+
+    if form != "onnx":
+        raise RaydetError(f"--format {form}: it is onnx")
+    written = run(checkpoint, out, form=output, conf=score, iou=iou, say=_say)
+    _say(
+        f"{written.detections} detections compared: {written.missing} are not in both, the others' scores differ by "
+        f"at most {written.score:.1g}, boxes by {written.pixels:.1g} px"
+    )
+    _say(f"model: {written.path} ({written.path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def inspect(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from raydet.visualization import draw_boxes, write_picture, write_video
 
 logger = logging.getLogger(__name__)
 
+METADATA = "raydet"  # of an ONNX file: what a checkpoint's config.json says
 SHOWN_SCORE = 0.25  # below it are detections that an evaluation counts, but nobody wants to see
 
 
@@ -267,18 +269,81 @@ class Predictor:
         return results
 
 
-def load(path: str | Path, device: str | None = None, model: nn.Module | None = None) -> Predictor:
-    """Load a checkpoint, or the best one of a run.
+class OnnxPredictor(Predictor):
+    """A model that `raydet export` wrote, run by onnxruntime: on a GPU where onnxruntime-gpu is installed.
 
     Args:
-        path: of a checkpoint or run folder.
-        device: such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
+        content: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        RaydetError: onnxruntime is not installed, or the file is damaged or not of `raydet export`.
+    """
+
+    def __init__(self, content: bytes, name: str):
+        try:
+            import onnxruntime
+        except ImportError:
+            raise RaydetError(f"{name}: onnxruntime is not installed: pip install 'raydet[export]'") from None
+        try:
+            self._session = onnxruntime.InferenceSession(content, providers=onnxruntime.get_available_providers())
+            about = self._session.get_modelmeta().custom_metadata_map[METADATA]
+        except KeyError:
+            raise RaydetError(f"{name}: not an ONNX file of `raydet export`") from None
+        except Exception as error:  # onnxruntime has many
+            raise RaydetError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+        self.config = checkpoint.config_of(json.loads(about), name)
+        self._name = name
+
+    def detect_fitted(
+        self, inputs: Sequence[Image], sizes: Sequence[tuple[int, int]], thresholds: Eval
+    ) -> list[npt.NDArray[np.float32]]:
+        """Detect in a batch of images that `fit` made; see `Predictor`.
+
+        Raises:
+            RaydetError: the thresholds are not those of the file, but for a higher score.
+        """
+        inside = self.config.thresholds
+        if thresholds.iou != inside.iou or thresholds.score < inside.score:
+            raise RaydetError(
+                f"{self._name} was exported with score {inside.score} and IoU {inside.iou}: the score may be higher; "
+                "export it again for others"
+            )
+        batch = np.ascontiguousarray(np.stack(inputs)[..., ::-1].transpose(0, 3, 1, 2))  # RGB
+        outputs = self._session.run(None, {self._session.get_inputs()[0].name: batch})
+        if len(outputs) == 1:
+            rows = [outputs[0][outputs[0][:, 0] == number, 1:] for number in range(len(inputs))]
+        else:
+            found = [part[..., None] if part.ndim == 2 else part for part in outputs[1:]]
+            every = np.concatenate(found, axis=2, dtype=np.float32)
+            rows = [image[:count] for image, count in zip(every, outputs[0][:, 0], strict=True)]
+        results = []
+        for (width, height), found in zip(sizes, rows, strict=True):
+            kept = found[found[:, 4] > thresholds.score]
+            placement = place(width, height, self.config.image_size, self.config.preprocessing.resize)
+            kept[:, :4] = placement.undo(kept[:, :4])
+            results.append(kept)
+        return results
+
+
+def load(path: str | Path, device: str | None = None, model: nn.Module | None = None) -> Predictor:
+    """Load a checkpoint, the best one of a run, or what `raydet export` wrote.
+
+    Args:
+        path: of a checkpoint or run folder, or of an ONNX file.
+        device: such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU. Of no meaning to an ONNX file.
         model: a detector of your own, where the checkpoint is of one.
 
     Raises:
         RaydetError: there is no checkpoint, or it is damaged.
     """
-    folder = checkpoint.find(Path(path))
+    path = Path(path)
+    if path.suffix == ".onnx":
+        try:
+            return OnnxPredictor(path.read_bytes(), str(path))
+        except OSError as error:
+            raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
+    folder = checkpoint.find(path)
     config = checkpoint.read_config(folder)
     return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
 

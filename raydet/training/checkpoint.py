@@ -334,9 +334,21 @@ def read_config(folder: Path) -> Config:
     Raises:
         RaydetError: it is missing or damaged.
     """
-    content = read_json(folder / CONFIG)
+    return config_of(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def config_of(content: Mapping[str, Any], name: str) -> Config:
+    """Return what a config.json says.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        RaydetError: it is damaged, or of another format.
+    """
     if content.get("format", FORMAT) != FORMAT:
-        raise RaydetError(f"{folder}: a checkpoint of format {content['format']}; this raydet reads format {FORMAT}")
+        raise RaydetError(f"{name}: a checkpoint of format {content['format']}; this raydet reads format {FORMAT}")
     try:
         return Config(
             model=content["model"],
@@ -353,7 +365,7 @@ def read_config(folder: Path) -> Config:
             licence=content["licence"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise RaydetError(f"{folder / 'config.json'} is damaged: {error}") from None
+        raise RaydetError(f"{name} is damaged: {error}") from None
 
 
 def load_model(folder: Path, config: Config, model: nn.Module | None = None) -> nn.Module:
