@@ -9,6 +9,7 @@ from ray import cloudpickle
 
 from raydet.data.batch import local_train_batches
 from raydet.data.coco import load_coco
+from raydet.data.stream import DataTasks
 from raydet.recipe import load
 from raydet.training.launch import _on_ray
 from raydet.training.prepare import make_job, train_samples, val_samples
@@ -92,9 +93,9 @@ def streams(settings, indices):
             stream.SEGMENT_CHUNKS = case.get("segment_chunks", 2000)
             train = job.recipe.train.model_copy(update={"batch_size": case.get("batch", GLOBAL_BATCH)})
             recipe = job.recipe.model_copy(update={"train": train})
-            world = RayWorld(replace(job, recipe=recipe), given["sources"], case["tasks"], beat)
+            world = RayWorld(replace(job, recipe=recipe), given["sources"], DataTasks(case["tasks"]), beat)
             seen.append([digests(batch) for batch in world.train_batches(case["start"], STOP)])
-        world = RayWorld(job, given["sources"], 3, beat)
+        world = RayWorld(job, given["sources"], DataTasks(3), beat)
         val_batches = world.val_batches()
         rows = [[row for batch in val_batches() for row in batch.rows.tolist()] for _ in range(2)]
         everyone = [None] * world.size

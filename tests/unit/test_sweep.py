@@ -5,12 +5,10 @@ import json
 import cv2
 import numpy as np
 import pytest
-import ray
 from rich.console import Console
 
 from raydet.errors import RaydetError
-from raydet.recipe import Recipe, Scale, Space, load, override
-from raydet.training.launch import share_of_cluster
+from raydet.recipe import Recipe, Space, load, override
 from raydet.tuning.pictures import COORDINATES, IMPORTANCE, _correlation_ratio, _ranks, draw
 from raydet.tuning.sweep import _domain, _open, _scheduler, tune
 from raydet.tuning.trials import (
@@ -216,40 +214,3 @@ def test_correlations_by_hand():
     assert _ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     assert _correlation_ratio(["a", "a", "b", "b"], np.array([1.0, 1.0, 2.0, 2.0])) == 1
     assert _correlation_ratio(["a", "b", "a", "b"], np.array([1.0, 1.0, 2.0, 2.0])) == 0
-
-
-@pytest.mark.parametrize(
-    ("cluster", "scale", "concurrent", "expected"),
-    [
-        ({"CPU": 2}, {}, None, (False, 1, 1)),
-        ({"CPU": 9}, {"cpus_per_worker": 2}, None, (False, 2, 4)),
-        ({"CPU": 9}, {"num_workers": 2}, 2, (False, 2, 2)),
-        ({"CPU": 64, "GPU": 8}, {}, None, (True, 1, 8)),
-        ({"CPU": 64, "GPU": 8}, {"num_workers": 2}, None, (True, 1, 4)),
-        ({"CPU": 64, "GPU": 8}, {"num_workers": 2}, 3, (True, 1, 3)),
-        ({"CPU": 64, "GPU": 2}, {"gpu_share": 0.25}, None, (True, 1, 8)),
-        ({"CPU": 64, "GPU": 1}, {"gpu_share": 1 / 3}, None, (True, 1, 3)),
-        ({"CPU": 4, "GPU": 8}, {"cpus_per_worker": 1}, None, (True, 1, 3)),
-        ({"CPU": 64, "GPU": 8}, {"gpu": False, "cpus_per_worker": 8}, None, (False, 8, 7)),
-    ],
-)
-def test_trials_share_the_cluster(monkeypatch, cluster, scale, concurrent, expected):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {name: float(value) for name, value in cluster.items()})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": cluster}])
-    found, room = share_of_cluster(Scale(**scale), concurrent)
-    assert (found.gpu, found.cpus_per_worker, room) == expected
-
-
-@pytest.mark.parametrize(
-    ("cluster", "scale", "concurrent", "message"),
-    [
-        ({"CPU": 64, "GPU": 2}, {"gpu": True}, 3, "tune.concurrent 3, but there are 2 GPUs"),
-        ({"CPU": 64, "GPU": 2}, {"gpu": True, "gpu_share": 0.5}, 5, "tune.concurrent 5, but there are 2 GPUs"),
-        ({"CPU": 4}, {"cpus_per_worker": 2}, 2, "leave no CPU of the cluster's 4 for the data tasks"),
-    ],
-)
-def test_more_trials_than_there_is_room_for_are_refused(monkeypatch, cluster, scale, concurrent, message):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {name: float(value) for name, value in cluster.items()})
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": cluster}])
-    with pytest.raises(RaydetError, match=message):
-        share_of_cluster(Scale(**scale), concurrent)

@@ -1,0 +1,141 @@
+"""What workers and data tasks get of a cluster. Its nodes are Ray's records, made by hand: no machine here has GPUs."""
+
+import os
+
+import pytest
+import ray
+from ray._private.state import state
+
+from raydet.cluster import check_kept, share_of_cluster, workers_on
+from raydet.errors import RaydetError
+from raydet.recipe import Scale
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Make Ray know some nodes, each with its resources and perhaps labels, and the limits of an autoscaler."""
+
+    def known(*nodes, limits=None):
+        records = [
+            {
+                "Alive": True,
+                "Resources": {name: float(value) for name, value in node.items() if name != "labels"},
+                "Labels": node.get("labels", {}),
+            }
+            for node in nodes
+        ]
+        dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}, "Labels": {}}
+        monkeypatch.setattr(ray, "nodes", lambda: [*records, dead])
+        monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: limits)
+
+    return known
+
+
+GPU_NODE = {"CPU": 16, "GPU": 8, "accelerator_type:H100": 1}
+DATA_NODE = {"CPU": 32, "labels": {"raydet": "data"}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scale", "expected"),
+    [
+        ([{"CPU": 8}], {}, (False, 7)),
+        ([{"CPU": 8}], {"num_workers": 3}, (False, 2)),
+        ([{"CPU": 8}, {"CPU": 8}], {"num_workers": (1, 2)}, (False, 7)),
+        ([GPU_NODE], {"num_workers": 8}, (True, 1)),
+        # Where other nodes make the samples, the workers' nodes need no spare CPU.
+        ([{"CPU": 4, "GPU": 4}, DATA_NODE], {"num_workers": 4, "data_label": "raydet=data"}, (True, 1)),
+        (
+            [{"CPU": 4, "x": 1}, DATA_NODE],
+            {"num_workers": 1, "data_label": "raydet=data", "worker_resources": {"x": 1}},
+            (False, 4),
+        ),
+        ([GPU_NODE, DATA_NODE], {"num_workers": 8, "worker_resources": {"accelerator_type:H100": 0.001}}, (True, 1)),
+    ],
+)
+def test_workers_get_of_their_nodes(on, nodes, scale, expected):
+    on(*nodes)
+    assert workers_on(Scale(**scale)) == (*expected, False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "scale", "expected"),
+    [
+        ({"CPU": 64.0, "GPU": 16.0}, {"num_workers": 16}, (True, 1, True)),
+        ({"CPU": 64.0, "GPU": 16.0}, {"num_workers": 1, "gpu": False, "cpus_per_worker": 2}, (False, 2, False)),
+        (
+            {"CPU": 64.0, "GPU": 16.0},
+            {"num_workers": 8, "data_label": "raydet=data", "worker_resources": {"accelerator_type:H100": 0.001}},
+            (True, 1, True),
+        ),
+    ],
+)
+def test_nodes_that_an_autoscaler_may_start_count(on, limits, scale, expected):
+    on({"CPU": 4}, limits=limits)
+    assert workers_on(Scale(**scale)) == expected
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"num_workers": 9, "gpu": True}, "num_workers is 9, but there are 8 GPUs; or set scale.gpu=false"),
+        ({"num_workers": 50}, "50 times 1 CPUs leave no CPU of the cluster's 48"),
+        ({"data_label": "raydet=dat"}, "scale.data_label: no node has the label: ray start --labels=raydet=dat"),
+        ({"worker_resources": {"y": 2}}, "scale.worker_resources: no node has {'y': 2.0}: ray start --resources"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(on, scale, message):
+    on(GPU_NODE, DATA_NODE)
+    with pytest.raises(RaydetError, match=message):
+        workers_on(Scale(**scale))
+
+
+@pytest.mark.parametrize(
+    ("folder", "kept"),
+    [("runs", False), ("./runs/../runs", False), ("/shared/runs", True), ("s3://bucket/runs", True)],
+)
+def test_results_in_a_job_s_working_directory_are_refused(folder, kept, tmp_path, monkeypatch):
+    working = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    working.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    if kept:
+        check_kept(folder, "storage")
+        return
+    with pytest.raises(RaydetError, match=r"^storage: .* is in the working directory of this job, which Ray deletes"):
+        check_kept(folder, "storage")
+    os.chdir(tmp_path)
+    check_kept(folder, "storage")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "scale", "concurrent", "expected"),
+    [
+        ({"CPU": 2}, {}, None, (False, 1, 1)),
+        ({"CPU": 9}, {"cpus_per_worker": 2}, None, (False, 2, 4)),
+        ({"CPU": 9}, {"num_workers": 2}, 2, (False, 2, 2)),
+        ({"CPU": 64, "GPU": 8}, {}, None, (True, 1, 8)),
+        ({"CPU": 64, "GPU": 8}, {"num_workers": 2}, None, (True, 1, 4)),
+        ({"CPU": 64, "GPU": 8}, {"num_workers": 2}, 3, (True, 1, 3)),
+        ({"CPU": 64, "GPU": 2}, {"gpu_share": 0.25}, None, (True, 1, 8)),
+        ({"CPU": 64, "GPU": 1}, {"gpu_share": 1 / 3}, None, (True, 1, 3)),
+        ({"CPU": 4, "GPU": 8}, {"cpus_per_worker": 1}, None, (True, 1, 3)),
+        ({"CPU": 64, "GPU": 8}, {"gpu": False, "cpus_per_worker": 8}, None, (False, 8, 7)),
+    ],
+)
+def test_trials_share_the_cluster(on, cluster, scale, concurrent, expected):
+    on(cluster)
+    found, room = share_of_cluster(Scale(**scale), concurrent)
+    assert (found.gpu, found.cpus_per_worker, room) == expected
+
+
+@pytest.mark.parametrize(
+    ("cluster", "scale", "concurrent", "message"),
+    [
+        ({"CPU": 64, "GPU": 2}, {"gpu": True}, 3, "tune.concurrent 3, but there are 2 GPUs"),
+        ({"CPU": 64, "GPU": 2}, {"gpu": True, "gpu_share": 0.5}, 5, "tune.concurrent 5, but there are 2 GPUs"),
+        ({"CPU": 4}, {"cpus_per_worker": 2}, 2, "leave no CPU of the cluster's 4 for the data tasks"),
+    ],
+)
+def test_more_trials_than_there_is_room_for_are_refused(on, cluster, scale, concurrent, message):
+    on(cluster)
+    with pytest.raises(RaydetError, match=message):
+        share_of_cluster(Scale(**scale), concurrent)
