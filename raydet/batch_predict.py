@@ -137,6 +137,7 @@ def batch_predict(
     import ray.data
 
     from raydet.cluster import check_kept, connect
+    from raydet.mirror import opened
     from raydet.predict import shown_score, with_thresholds
     from raydet.recipe import Scale
     from raydet.sources import IMAGE_SUFFIXES
@@ -146,9 +147,10 @@ def batch_predict(
         raise RaydetError(f"--format {form}: it is {' or '.join(FORMS)}")
     check_kept(out, "OUT")
     began = time.monotonic()
-    folder = checkpoints.find(Path(checkpoint))
-    config = checkpoints.read_config(folder)
-    model = checkpoints.load_model(folder, config)
+    with opened(checkpoint) as local:
+        folder = checkpoints.find(local)
+        config = checkpoints.read_config(folder)
+        model = checkpoints.load_model(folder, config)
     conf = shown_score(config.thresholds) if conf is None else conf
     thresholds = with_thresholds(config.thresholds, conf, iou)
     images, target = Store(source), Store(out)

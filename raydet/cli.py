@@ -80,39 +80,41 @@ def train(
     from raydet.data.formats import load_index
     from raydet.data.problems import Problems
     from raydet.data.store import is_uri
+    from raydet.mirror import opened
     from raydet.recipe import load
     from raydet.report import report as report_of_run
     from raydet.training.display import summary
-    from raydet.training.launch import train as run
+    from raydet.training.launch import train as start
     from raydet.training.pictures import draw_validation
 
     _check_device(device, debug)
     live = sys.stdout.isatty() and not verbose
-    result = run(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, live=live, say=_say)
+    result = start(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, live=live, say=_say)
     if result.finished_before:
         _say(f"{result.folder} is finished; another name=… starts another run")
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
     data = load(result.folder / "recipe.yaml").data
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
-    if not result.finished_before:
-        _say(f"detections on validation images, beside the truth: {draw_validation(result.folder, index)}")
-    for line in summary(result.folder):
-        _say(line)
-    _say(f"curves: {result.folder / 'images' / 'metrics.png'}")
-    if not result.finished_before:
-        _say(f"report: {report_of_run(result.folder)}")
-    _say(f"run folder: {result.folder}")
+    run = result.address or str(result.folder)
+    with opened(run) as folder:
+        if not result.finished_before:
+            _say(f"detections on validation images, beside the truth: {draw_validation(folder, index)}")
+        for line in summary(folder):
+            _say(line)
+        _say(f"curves: {folder / 'images' / 'metrics.png'}")
+        if not result.finished_before:
+            _say(f"report: {report_of_run(folder)}")
+    _say(f"run folder: {run}")
     _say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    folder = quote(str(result.folder))
-    _say(f"next: {_program()} predict {folder} {quote(images)}")
-    _say(f"      {_program()} evaluate {folder}")
+    _say(f"next: {_program()} predict {quote(run)} {quote(images)}")
+    _say(f"      {_program()} evaluate {quote(run)}")
 
 
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="checkpoint folder, run folder (its best one), weights file, or results.json")
+        str, typer.Argument(help="checkpoint folder, run folder (its best one), weights file, or results.json")
     ],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
@@ -134,7 +136,7 @@ def evaluate(
     from raydet.training.launch import evaluate as run
 
     _check_device(device, debug)
-    out = out or (checkpoint if checkpoint.is_dir() else Path()) / "evaluation"
+    out = out or (Path(checkpoint) if Path(checkpoint).is_dir() else Path()) / "evaluation"
     metrics = run(
         checkpoint,
         recipe=recipe,
@@ -187,7 +189,7 @@ def tune(
 
 @app.command("tune-nms")
 def tune_nms(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
     objective: Annotated[
@@ -236,13 +238,13 @@ def tune_nms(
     for line in tuned.summary(objective):
         _say(line)
     _say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
-    if not checkpoint.is_dir():
+    if Path(checkpoint).is_file():
         _say(f"a weights file keeps no thresholds: add {' '.join(tuned.overrides)}")
 
 
 @app.command()
 def plot(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
     out: Annotated[
         Path | None, typer.Option("--out", help="the picture, a PNG", show_default="RUN/images/metrics.png")
     ] = None,
@@ -253,28 +255,32 @@ def plot(
 
     Example: raydet plot runs/demo
     """
+    from raydet.mirror import opened
     from raydet.plot import plot as draw
 
-    _say(f"picture: {draw(run, out)}")
+    with opened(run, weights=False) as folder:
+        _say(f"picture: {draw(folder, out)}")
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
     out: Annotated[Path | None, typer.Option("--out", help="the page", show_default="RUN/report.html")] = None,
 ) -> None:
     """Write a run's report: one HTML page with curves, metrics, classes, worst and best images, and its recipe.
 
     Example: raydet report runs/demo
     """
+    from raydet.mirror import opened
     from raydet.report import report as write
 
-    _say(f"report: {write(run, out)}")
+    with opened(run, weights=False) as folder:
+        _say(f"report: {write(folder, out)}")
 
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
     source: Annotated[
         str, typer.Argument(help="image, folder of images, pattern, video, http(s) address, or number of a camera")
     ],
@@ -310,7 +316,7 @@ def predict(
 
 @app.command("batch-predict")
 def batch_predict(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
     source: Annotated[str, typer.Argument(help="folder of images: s3://…, gs://… or a path that all nodes share")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the detections, likewise")],
     form: Annotated[
@@ -354,7 +360,7 @@ def batch_predict(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
     form: Annotated[str, typer.Option("--format", help="onnx, the only one so far", metavar="FORMAT")] = "onnx",
     output: Annotated[
         str, typer.Option("--output", help="batch: count, boxes, scores and labels of each image; flat: [N, 7]")

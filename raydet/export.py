@@ -17,6 +17,7 @@ from raydet.data.render import decode
 from raydet.data.store import Store
 from raydet.data.synthetic import make_picture
 from raydet.errors import RaydetError
+from raydet.mirror import opened
 from raydet.models import Detector
 from raydet.models.export import OUTPUTS, Exported, MissingPackages, to_onnx
 from raydet.predict import METADATA, OnnxPredictor, Predictor, pick_device, with_thresholds
@@ -75,40 +76,41 @@ def export(
     """
     if form not in OUTPUTS:
         raise RaydetError(f"--output {form}: it is {' or '.join(OUTPUTS)}")
-    folder = checkpoint.find(Path(path))
-    config = checkpoint.read_config(folder)
-    thresholds = with_thresholds(config.thresholds, conf, iou)
-    model = checkpoint.load_model(folder, config)
-    if not isinstance(model, Detector):
-        raise RaydetError(f"{folder}: only a raydet.models.Detector can be exported")
-    content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
-    about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
-    pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
-    target = Path(out) if out is not None else folder / "model.onnx"
-    say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
-    try:
-        module = Exported(model.fuse(), config.preprocessing, post_prediction(model, thresholds), form)
-        data = to_onnx(module, config.image_size, {METADATA: json.dumps(about), "raydet_version": __version__})
-    except MissingPackages as error:
-        raise RaydetError(f"export: {error}") from None
-    images, source = _images(folder, pytorch)
-    onnx = OnnxPredictor(data, str(target))
-    say(f"comparing onnxruntime with PyTorch on {len(images)} {source}")
-    lists: list[tuple[Rows, Rows]] = []
-    for inputs in images[:1], images:
-        sizes = [config.image_size[::-1]] * len(inputs)
-        found = (predictor.detect_fitted(inputs, sizes, thresholds) for predictor in (pytorch, onnx))
-        lists += zip(*found, strict=True)
-    compared = [compare(*pair, thresholds.score, thresholds.max_detections) for pair in lists]
-    detections, missing = sum(len(ours) for ours, _ in lists), sum(number for number, *_ in compared)
-    if missing > _SHARE * max(detections, 1):
-        raise RaydetError(
-            f"{target}: not written, as onnxruntime detects something else than PyTorch: of {detections} detections "
-            f"and {sum(len(theirs) for _, theirs in lists)}, {missing} have none like them"
-        )
-    Store(target.parent).write(target.name, data)
-    score, pixels = (max(values) for values in list(zip(*compared, strict=True))[1:])
-    return Written(target, detections, missing, score, pixels)
+    with opened(path) as local:
+        folder = checkpoint.find(local)
+        config = checkpoint.read_config(folder)
+        thresholds = with_thresholds(config.thresholds, conf, iou)
+        model = checkpoint.load_model(folder, config)
+        if not isinstance(model, Detector):
+            raise RaydetError(f"{folder}: only a raydet.models.Detector can be exported")
+        content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
+        about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
+        pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
+        target = Path(out) if out is not None else folder / "model.onnx"
+        say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
+        try:
+            module = Exported(model.fuse(), config.preprocessing, post_prediction(model, thresholds), form)
+            data = to_onnx(module, config.image_size, {METADATA: json.dumps(about), "raydet_version": __version__})
+        except MissingPackages as error:
+            raise RaydetError(f"export: {error}") from None
+        images, source = _images(folder, pytorch)
+        onnx = OnnxPredictor(data, str(target))
+        say(f"comparing onnxruntime with PyTorch on {len(images)} {source}")
+        lists: list[tuple[Rows, Rows]] = []
+        for inputs in images[:1], images:
+            sizes = [config.image_size[::-1]] * len(inputs)
+            found = (predictor.detect_fitted(inputs, sizes, thresholds) for predictor in (pytorch, onnx))
+            lists += zip(*found, strict=True)
+        compared = [compare(*pair, thresholds.score, thresholds.max_detections) for pair in lists]
+        detections, missing = sum(len(ours) for ours, _ in lists), sum(number for number, *_ in compared)
+        if missing > _SHARE * max(detections, 1):
+            raise RaydetError(
+                f"{target}: not written, as onnxruntime detects something else than PyTorch: of {detections} and "
+                f"{sum(len(theirs) for _, theirs in lists)} detections, {missing} have none like them"
+            )
+        Store(target.parent).write(target.name, data)
+        score, pixels = (max(values) for values in list(zip(*compared, strict=True))[1:])
+        return Written(target, detections, missing, score, pixels)
 
 
 def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int, float, float]:

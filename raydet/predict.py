@@ -19,6 +19,7 @@ from torch import nn
 from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.render import letterbox
 from raydet.errors import RaydetError
+from raydet.mirror import opened
 from raydet.models import Detector
 from raydet.recipe import Eval
 from raydet.sources import Image, Picture, Source, in_memory, open_source
@@ -337,15 +338,15 @@ def load(path: str | Path, device: str | None = None, model: nn.Module | None = 
     Raises:
         RaydetError: there is no checkpoint, or it is damaged.
     """
-    path = Path(path)
-    if path.suffix == ".onnx":
-        try:
-            return OnnxPredictor(path.read_bytes(), str(path))
-        except OSError as error:
-            raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
-    folder = checkpoint.find(path)
-    config = checkpoint.read_config(folder)
-    return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
+    with opened(path) as local:
+        if local.suffix == ".onnx":
+            try:
+                return OnnxPredictor(local.read_bytes(), str(path))
+            except OSError as error:
+                raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
+        folder = checkpoint.find(local)
+        config = checkpoint.read_config(folder)
+        return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
 
 
 def shown_score(thresholds: Eval) -> float:

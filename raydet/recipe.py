@@ -532,7 +532,7 @@ class Recipe(Section):
     """All settings of a training."""
 
     name: str = Field("", description="of the run: its folder below `storage`; empty: the recipe's own name")
-    storage: str = Field("runs", description="folder of the runs, on storage that all nodes share")
+    storage: str = Field("runs", description="folder of the runs: one that all nodes share, s3://… or gs://…")
     seed: int = Field(0, ge=0, description="of the weights, the order of the images and their augmentation")
     model: Model = Model()
     data: Data = Data()
@@ -544,9 +544,26 @@ class Recipe(Section):
     track: Track = Track()
     tune: Tune = Tune()
 
+    @model_validator(mode="after")
+    def _validation_finds_checkpoints(self) -> Recipe:
+        if self.scale.async_validation and "://" in self.storage:
+            raise ValueError("scale.async_validation needs a storage that all nodes share as a folder")
+        return self
+
+    @property
+    def run_address(self) -> str | None:
+        """Address of the run's folder in an object store; None: it is a folder here."""
+        from raydet.data.store import Store, is_uri
+
+        return Store(self.storage).path(self.name) if is_uri(self.storage) else None
+
     @property
     def run_folder(self) -> Path:
-        """Absolute path of the run's folder."""
+        """Absolute path of the run's folder, or of this machine's copy of it."""
+        from raydet.mirror import local_folder
+
+        if (address := self.run_address) is not None:
+            return local_folder(address)
         return Path(self.storage).expanduser().resolve() / self.name
 
 

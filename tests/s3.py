@@ -48,6 +48,12 @@ class S3:
                     self._read_body()
                     self._send_error(localbucket.S3Error(HTTPStatus.FORBIDDEN, "AccessDenied", "not now"))
                     return
+                if self.command == "PUT" and self.path.partition("?")[0].endswith("/"):  # what pyarrow has for folders
+                    self._read_body()
+                    self.send_response(HTTPStatus.OK)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 super()._dispatch(action)
 
             def log_message(self, *_):

@@ -181,6 +181,17 @@ class Store:
         except OSError as error:
             raise RaydetError(f"{path}: cannot be written ({error.strerror})") from None
 
+    def delete(self, name: str) -> None:
+        """Delete a file, if there is one.
+
+        Raises:
+            RaydetError: it cannot be deleted.
+        """
+        if self._remote is None:
+            Path(self.path(name)).unlink(missing_ok=True)
+        elif self.kind(name) == "file":
+            self._retry(lambda: self._remote.delete_file(self._key(name)), name)
+
     def _key(self, name: str) -> str:
         return f"{self._base.rstrip('/')}/{name}" if name else self._base
 

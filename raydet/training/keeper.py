@@ -15,10 +15,11 @@ from torch import nn
 
 from raydet.data.batch import Batch
 from raydet.errors import RaydetError
+from raydet.mirror import STOP
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Progress
 from raydet.training.meter import validation_line
-from raydet.training.run import STOP, Job, RunLog, World, agreed
+from raydet.training.run import Job, RunLog, World, agreed
 from raydet.training.step import Outcome
 
 VALIDATED = "validation.json"

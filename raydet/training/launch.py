@@ -21,8 +21,10 @@ from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.data.samples import Samples
+from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
 from raydet.errors import RaydetError, user_error
+from raydet.mirror import STOP, Mirror, opened
 from raydet.plot import plot
 from raydet.predict import pick_device
 from raydet.recipe import (
@@ -40,7 +42,7 @@ from raydet.training.display import LiveTable, follow
 from raydet.training.evaluate import restored
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.prepare import load_evaluated, make_job, open_run, thresholds_of, train_samples, val_samples
-from raydet.training.run import STOP, Job, RunLog
+from raydet.training.run import Job, RunLog
 from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, validate_elsewhere
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
@@ -53,15 +55,17 @@ class Result:
     """What a training leaves.
 
     Attributes:
-        folder: of the run.
+        folder: of the run; of one in an object store this machine's copy.
         checkpoint: the best one, by `eval.watch`.
         metrics: of the last validation, by name.
+        address: of the run in an object store; None: it is in a folder.
         finished_before: the run had been finished already, and nothing was done.
     """
 
     folder: Path
     checkpoint: Path
     metrics: dict[str, float]
+    address: str | None = None
     finished_before: bool = False
 
 
@@ -122,10 +126,14 @@ def train(
     folder = job.folder
     if debug:
         shutil.rmtree(folder, ignore_errors=True)
+    address = None if debug else settings.run_address
+    mirror = Mirror(folder, address)
+    mirror.refresh()
     open_run(job)
     if (folder / _SUMMARY).is_file():
         metrics = checkpoint.read_json(folder / _SUMMARY)["metrics"]
-        return Result(folder, checkpoint.find(folder), metrics, finished_before=True)
+        mirror.pull_checkpoint(checkpoint.find(folder).name)
+        return Result(folder, checkpoint.find(folder), metrics, address, finished_before=True)
 
     (folder / STOP).unlink(missing_ok=True)
     RunLog(folder, echo=say).left_out(problems)
@@ -139,9 +147,12 @@ def train(
             ended = train_loop(job, world, log)
     else:
         table = LiveTable(settings.train.epochs, job.total_steps) if live else None
-        ended = _on_ray(train_worker, job, streams, verbose, say, table, callbacks)
+        mirror.push()
+        ended = _on_ray(train_worker, job, streams, verbose, say, table, callbacks, mirror.following())
     if ended.interrupted:
         raise KeyboardInterrupt
+    mirror.refresh()
+    mirror.pull_checkpoint(checkpoint.find(folder).name)
     plot(folder)
     best = checkpoint.find(folder)
     (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
@@ -149,7 +160,8 @@ def train(
         report(folder)
     except RaydetError as error:  # the training is done
         say(f"warning: {error}")
-    return Result(folder, best, ended.metrics)
+    mirror.push()
+    return Result(folder, best, ended.metrics, address)
 
 
 def evaluate(
@@ -183,20 +195,20 @@ def evaluate(
     Raises:
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
-    path = Path(path).expanduser()
     if out is not None:
         check_kept(out, "out")
-    if path.suffix == ".json" and path.is_file():
-        val_index = load_index(load_evaluated(path, recipe, overrides).data, "val")
-        evaluation = read_results(path, val_index)
-    else:
-        job, val_index = open_evaluation(path, recipe, model, overrides, say)
-        state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)
-        evaluation = restored(val_index, state)
-    metrics = evaluation.compute()
-    if out is not None:
-        write_evaluation(Path(out), evaluation, metrics)
-    return metrics
+    with opened(path) as local:
+        if local.suffix == ".json" and local.is_file():
+            val_index = load_index(load_evaluated(local, recipe, overrides).data, "val")
+            evaluation = read_results(local, val_index)
+        else:
+            job, val_index = open_evaluation(local, recipe, model, overrides, say)
+            state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)
+            evaluation = restored(val_index, state)
+        metrics = evaluation.compute()
+        if out is not None:
+            write_evaluation(Path(out), evaluation, metrics)
+        return metrics
 
 
 def open_evaluation(
@@ -247,8 +259,9 @@ def run_evaluation(
         then: called with the scratch folder at the end.
     """
     streams = None, val_samples(job.recipe, job.val_index, job.config.preprocessing.resize)
-    storage = Path(job.recipe.storage).expanduser().resolve()
-    storage.mkdir(parents=True, exist_ok=True)
+    storage = None if is_uri(job.recipe.storage) else Path(job.recipe.storage).expanduser().resolve()
+    if storage is not None:
+        storage.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
         job = replace(job, folder=Path(scratch))
         if debug:
@@ -294,8 +307,9 @@ def _on_ray(
     say: Callable[[str], Any],
     table: LiveTable | None = None,
     callbacks: Sequence[Any] = (),
+    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext(),  # noqa: B008
 ) -> Any:
-    """Run a worker function on a Ray Train worker group; return what rank 0 returns."""
+    """Run a worker function on a Ray Train worker group, `beside` around it; return what rank 0 returns."""
     scale = job.recipe.scale
     hang_s = int(60 * scale.hang_minutes)
     # Ray Train looks at its workers this often; a report waits for the next look.
@@ -341,6 +355,7 @@ def _on_ray(
         if table is not None:
             stack.enter_context(table)
         stack.enter_context(follow(job.folder, say, table))
+        stack.enter_context(beside)
         trainer = TorchTrainer(
             worker,
             train_loop_config=given,

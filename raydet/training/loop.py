@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,6 +70,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
     trained = {"optimizer": optimizer, "scaler": step.scaler}
     folder, damaged = agreed(checkpoint.latest(job.folder) if leader else None)
     if folder is not None:
+        folder = job.folder / folder.name  # each machine may have a copy of its own
         state, metrics = checkpoint.restore(folder, average.model, model, trained, device)
     keeper = Keeper(job, world, log, average.model, {"model": model, **trained})
     keeper.begin(state, damaged)
@@ -137,7 +138,9 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
     keeper.check_last(state)
     best = agreed(checkpoint.ranked(job.folder)[: recipe.track.keep_checkpoints] if leader else None)
     if recipe.track.average_best and len(best) > 1:
-        checkpoint.average_weights(average.model, best)
+        if leader:
+            checkpoint.average_weights(average.model, best)
+        _broadcast(average.model.state_dict().values())
         what = f"the average of the best {len(best)}"
         found = _validate_average(average.model, val_batches, job, world, log, state, what)
         keeper.save_average(state, found)
@@ -208,7 +211,7 @@ def _validate_average(
 ) -> dict[str, float]:
     """Validate the moving average, or an average of checkpoints; log and return its metrics, on rank 0."""
     began = time.monotonic()
-    _broadcast_buffers(model)
+    _broadcast(model.buffers())  # each rank updates its own statistics of the norms; rank 0's are kept
     state_of_it = _detect(model, val_batches(), job, world, log, pictures)
     metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, state_of_it).items()}
     if world.rank == 0:
@@ -223,8 +226,8 @@ def _nothing(text: str) -> Any:
     """Say nothing: only rank 0 does."""
 
 
-def _broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's norm statistics: each updates its own, and rank 0's are kept."""
+def _broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

@@ -27,8 +27,6 @@ from raydet.visualization import Shown, sheet, write_picture
 
 logger = logging.getLogger(__name__)
 
-STOP = "stop"  # a file of this name in the folder of a run ends it after the step, with a checkpoint
-
 # Random numbers of the sizes never share a seed with those of the samples.
 _SIZES = 3
 

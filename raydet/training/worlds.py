@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from raydet.data.batch import Batch, local_eval_batches, local_train_batches
 from raydet.data.samples import Samples
 from raydet.data.stream import DataTasks, eval_batches, train_batches
 from raydet.errors import user_error
+from raydet.mirror import worker_folder
 from raydet.outputs import shapes
 from raydet.predict import pick_device
 from raydet.tracking.pictures import ValPictures
@@ -158,12 +161,16 @@ def train_worker(given: dict[str, Any]) -> Ended:
     import ray.train
 
     job: Job = ray.get(given["job"])
-    log = _worker_log(job)
-    stacks = job.folder / f"hang_rank_{ray.train.get_context().get_world_rank()}.txt"
-    with Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say) as watchdog:
+    rank = ray.train.get_context().get_world_rank()
+    with contextlib.ExitStack() as stack:
+        if (address := job.recipe.run_address) is not None:
+            job = replace(job, folder=stack.enter_context(worker_folder(address, rank)))
+        log = _worker_log(job)
+        stacks = job.folder / f"hang_rank_{rank}.txt"
+        watchdog = stack.enter_context(Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say))
         world = RayWorld(job, given["sources"], given["data"], watchdog.beat)
-        with tracked(job, log, world.rank):
-            return train_loop(job, world, log)
+        stack.enter_context(tracked(job, log, world.rank))
+        return train_loop(job, world, log)
 
 
 def evaluation_worker(given: dict[str, Any]) -> bytes | None:

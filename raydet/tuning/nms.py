@@ -23,6 +23,7 @@ from raydet.data.index import Index
 from raydet.data.store import Store
 from raydet.errors import RaydetError
 from raydet.evaluation import MAIN_METRIC
+from raydet.mirror import opened
 from raydet.recipe import Eval, Recipe
 from raydet.training import checkpoint
 from raydet.training.evaluate import PROGRESS_EVERY_S
@@ -110,37 +111,37 @@ def tune_nms(
     Raises:
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
-    path = Path(path).expanduser()
-    job, index = open_evaluation(path, recipe, model, overrides, say)
-    source = checkpoint.find(path) if path.is_dir() else None
-    file = _candidates(path if source is None else source, job, index, debug, device, verbose, say)
-    candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
-    search = Search(candidates, objective, precision, seed)
-    default = Setting.of(job.recipe.eval)
-    work = groups(trials, default, seed)
-    count = sum(map(len, work))
-    say(f"{count} settings, of {len(work)} NMS, on {len(search.halves['searched'])} of the {len(index)} images")
-    began = time.monotonic()
-    tell = _progress(len(work), say)
-    if debug:
-        values = []
-        for group in work:
-            values += _measure(search, group)
-            tell()
-    else:
-        values = _on_ray(search, work, job.recipe, verbose, tell)
-    seconds = time.monotonic() - began
-    values.sort(key=lambda entry: entry[0], reverse=True)
-    winner = values[0][1]
-    comparison = search.compare(default, winner)
-    kept = winner if comparison.is_better else default
-    thresholds = job.recipe.eval.model_copy(update=asdict(kept)) if comparison.is_better else job.recipe.eval
-    if comparison.is_better and source is not None:
-        checkpoint.set_thresholds(source, thresholds)
-    folder = Path(out) if out is not None else source or Path()
-    tuned = Tuned(thresholds, winner, comparison, values, seconds, folder)
-    _write(tuned, search)
-    return tuned
+    with opened(path) as local:
+        job, index = open_evaluation(local, recipe, model, overrides, say)
+        source = checkpoint.find(local) if local.is_dir() else None
+        file = _candidates(local if source is None else source, job, index, debug, device, verbose, say)
+        candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
+        search = Search(candidates, objective, precision, seed)
+        default = Setting.of(job.recipe.eval)
+        work = groups(trials, default, seed)
+        count = sum(map(len, work))
+        say(f"{count} settings, of {len(work)} NMS, on {len(search.halves['searched'])} of the {len(index)} images")
+        began = time.monotonic()
+        tell = _progress(len(work), say)
+        if debug:
+            values = []
+            for group in work:
+                values += _measure(search, group)
+                tell()
+        else:
+            values = _on_ray(search, work, job.recipe, verbose, tell)
+        seconds = time.monotonic() - began
+        values.sort(key=lambda entry: entry[0], reverse=True)
+        winner = values[0][1]
+        comparison = search.compare(default, winner)
+        kept = winner if comparison.is_better else default
+        thresholds = job.recipe.eval.model_copy(update=asdict(kept)) if comparison.is_better else job.recipe.eval
+        if comparison.is_better and source is not None:
+            checkpoint.set_thresholds(source, thresholds)
+        folder = Path(out) if out is not None else source or Path()
+        tuned = Tuned(thresholds, winner, comparison, values, seconds, folder)
+        _write(tuned, search)
+        return tuned
 
 
 def _candidates(

@@ -90,6 +90,8 @@ def tune(
     settings = load_recipe(recipe, overrides)
     _check_space(settings)
     check_kept(settings.storage, "storage")
+    if is_uri(settings.storage):
+        raise RaydetError(f"storage: {settings.storage}: a sweep needs a folder that all nodes share")
     if settings.scale.async_validation:  # whose results do not reach Ray Tune
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})

@@ -26,8 +26,8 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
 import raydet
+from raydet.mirror import STOP
 from raydet.recipe import load
-from raydet.training.run import STOP
 
 # How soon a cluster sees that a node is gone; by default it takes half a minute.
 DETECTION = {
