@@ -48,6 +48,7 @@ from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
 _SUMMARY = "summary.json"
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ def _on_ray(
     say: Callable[[str], Any],
     table: LiveTable | None = None,
     callbacks: Sequence[Any] = (),
-    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext(),  # noqa: B008
+    beside: contextlib.AbstractContextManager[None] = _NOTHING,
 ) -> Any:
     """Run a worker function on a Ray Train worker group, `beside` around it; return what rank 0 returns."""
     scale = job.recipe.scale

@@ -40,8 +40,8 @@ def run(s3, fresh, shapes):
         "data.image_size=96",
         "data.chunk_size=16",
         "train.batch_size=8",
-        "train.epochs=30",
-        "eval.every=15",
+        "train.epochs=16",
+        "eval.every=8",
         "track.log_every=1",
         "scale.num_workers=2",
         "scale.cpus_per_worker=1",
@@ -68,10 +68,10 @@ def steps(store):
 
 def test_it_goes_on_where_it_was(run):
     address, said, again, _, _ = run
-    stopped = max(int(line.split("step ")[1].split("/")[0]) for line in said if " step " in line and "/150" in line)
-    assert 3 <= stopped < 150
+    stopped = max(int(line.split("step ")[1].split("/")[0]) for line in said if " step " in line and "/80" in line)
+    assert 3 <= stopped < 80
     assert any(f"resumed after step {stopped}" in line for line in again), again
-    assert steps(Store(address)) == list(range(1, 151))
+    assert steps(Store(address)) == list(range(1, 81))
 
 
 def test_the_store_holds_the_whole_run(run):
