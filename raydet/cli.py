@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydet import __version__
+from raydet import __version__, cli_data
+from raydet.cli_data import Overrides, Verbose, say
 from raydet.errors import RaydetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from raydet.data.batch import Batch
-    from raydet.data.index import Index
-    from raydet.data.report import Report
-    from raydet.recipe import Recipe
-
-TOP_FINDINGS = 10  # that `inspect` prints
 TOP_TRIALS = 20  # that `tune` prints
 INTERRUPTED = 130  # exit code
 
@@ -33,10 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.epochs=50 data.root=/data/coco"),
-]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="recipe of the data and, for a weights file, of the model")
 ]
@@ -54,7 +45,6 @@ IoU = Annotated[
     float | None,
     typer.Option("--iou", help="of two boxes that overlap more the better stays [default: the checkpoint's]", max=1),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="show what Ray and its workers print")]
 
 
 @app.command()
@@ -89,26 +79,26 @@ def train(
 
     _check_device(device, debug)
     live = sys.stdout.isatty() and not verbose
-    result = start(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, live=live, say=_say)
+    result = start(recipe, overrides=overrides or (), debug=debug, device=device, verbose=verbose, live=live, say=say)
     if result.finished_before:
-        _say(f"{result.folder} is finished; another name=… starts another run")
+        say(f"{result.folder} is finished; another name=… starts another run")
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
     data = load(result.folder / "recipe.yaml").data
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
     run = result.address or str(result.folder)
     with opened(run) as folder:
         if not result.finished_before:
-            _say(f"detections on validation images, beside the truth: {draw_validation(folder, index)}")
+            say(f"detections on validation images, beside the truth: {draw_validation(folder, index)}")
         for line in summary(folder):
-            _say(line)
-        _say(f"curves: {folder / 'images' / 'metrics.png'}")
+            say(line)
+        say(f"curves: {folder / 'images' / 'metrics.png'}")
         if not result.finished_before:
-            _say(f"report: {report_of_run(folder)}")
-    _say(f"run folder: {run}")
-    _say(f"best checkpoint: {result.checkpoint}")
+            say(f"report: {report_of_run(folder)}")
+    say(f"run folder: {run}")
+    say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    _say(f"next: {_program()} predict {quote(run)} {quote(images)}")
-    _say(f"      {_program()} evaluate {quote(run)}")
+    say(f"next: {_program()} predict {quote(run)} {quote(images)}")
+    say(f"      {_program()} evaluate {quote(run)}")
 
 
 @app.command()
@@ -145,10 +135,10 @@ def evaluate(
         device=device,
         verbose=verbose,
         out=out,
-        say=_say,
+        say=say,
     )
     _table(metrics)
-    _say(f"metrics.json, detections.json and pictures: {out}")
+    say(f"metrics.json, detections.json and pictures: {out}")
 
 
 @app.command()
@@ -172,19 +162,19 @@ def tune(
     from raydet.tuning.trials import table
 
     live = sys.stdout.isatty() and not verbose
-    sweep = run(recipe, overrides=overrides or (), verbose=verbose, live=live, say=_say)
+    sweep = run(recipe, overrides=overrides or (), verbose=verbose, live=live, say=say)
     if sweep.finished_before:
-        _say(f"{sweep.folder} is finished; another name=… starts another sweep")
+        say(f"{sweep.folder} is finished; another name=… starts another sweep")
     settings = load(sweep.folder / "recipe.yaml")
     Console().print(table(sweep.trials, settings.eval.watch, settings.train.epochs, rows=TOP_TRIALS))
     for trial in sweep.trials:
         if trial.error:
-            _say(f"{trial.name} failed: {trial.error}")
+            say(f"{trial.name} failed: {trial.error}")
     for picture in sweep.pictures:
-        _say(f"picture: {picture}")
-    _say(f"all trials: {sweep.folder / TRIALS}")
-    _say(f"best recipe: {sweep.recipe}")
-    _say(f"next: {_program()} train {quote(str(sweep.recipe))}")
+        say(f"picture: {picture}")
+    say(f"all trials: {sweep.folder / TRIALS}")
+    say(f"best recipe: {sweep.recipe}")
+    say(f"next: {_program()} train {quote(str(sweep.recipe))}")
 
 
 @app.command("tune-nms")
@@ -233,13 +223,13 @@ def tune_nms(
         debug=debug,
         device=device,
         verbose=verbose,
-        say=_say,
+        say=say,
     )
     for line in tuned.summary(objective):
-        _say(line)
-    _say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
+        say(line)
+    say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
     if Path(checkpoint).is_file():
-        _say(f"a weights file keeps no thresholds: add {' '.join(tuned.overrides)}")
+        say(f"a weights file keeps no thresholds: add {' '.join(tuned.overrides)}")
 
 
 @app.command()
@@ -259,7 +249,7 @@ def plot(
     from raydet.plot import plot as draw
 
     with opened(run, weights=False) as folder:
-        _say(f"picture: {draw(folder, out)}")
+        say(f"picture: {draw(folder, out)}")
 
 
 @app.command()
@@ -275,7 +265,7 @@ def report(
     from raydet.report import report as write
 
     with opened(run, weights=False) as folder:
-        _say(f"report: {write(folder, out)}")
+        say(f"report: {write(folder, out)}")
 
 
 @app.command()
@@ -308,8 +298,8 @@ def predict(
     score = shown_score(predictor.config.thresholds) if score is None else score
     found = save(predictor.stream(target.source, score, iou, batch_size), target)
     for name, reason in found.failed.items():
-        _say(f"not done: {name}: {reason}")
-    _say(found.summary)
+        say(f"not done: {name}: {reason}")
+    say(found.summary)
     if not found.images:
         raise typer.Exit(1)
 
@@ -353,9 +343,9 @@ def batch_predict(
         shard_images=shard_images,
         actors=actors,
         verbose=verbose,
-        say=_say,
+        say=say,
     )
-    _say(str(summary))
+    say(str(summary))
 
 
 @app.command()
@@ -383,135 +373,16 @@ def export(
 
     if form != "onnx":
         raise RaydetError(f"--format {form}: it is onnx")
-    written = run(checkpoint, out, form=output, conf=score, iou=iou, say=_say)
-    _say(
+    written = run(checkpoint, out, form=output, conf=score, iou=iou, say=say)
+    say(
         f"{written.detections} detections compared: {written.missing} are not in both, the others' scores differ by "
         f"at most {written.score:.1g}, boxes by {written.pixels:.1g} px"
     )
-    _say(f"model: {written.path} ({written.path.stat().st_size / 1e6:.1f} MB)")
+    say(f"model: {written.path} ({written.path.stat().st_size / 1e6:.1f} MB)")
 
 
-@app.command()
-def inspect(
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
-    ],
-    overrides: Overrides = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="show images also as this recipe augments them; it may name the files"),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("inspect.html"),
-    decode: Annotated[
-        bool, typer.Option("--decode", help="open every image too: finds broken ones and copies")
-    ] = False,
-) -> None:
-    """Look at a data set before training on it: numbers, what is wrong, images with boxes, on one HTML page.
-
-    Example: raydet inspect /data/coco --recipe coco2017_yolox_s --decode
-    """
-    from rich.progress import track
-
-    from raydet.data.formats import load_index
-    from raydet.data.problems import Problems
-    from raydet.data.report import decode_all
-    from raydet.data.report import inspect as look
-    from raydet.data.report_page import render
-    from raydet.data.store import Store
-
-    every_problem = ["data.on_error=skip", f"data.max_errors={sys.maxsize}"]
-    settings = _recipe_of(data, [*every_problem, *(overrides or ())], recipe)
-    recipe = recipe or settings.name
-    splits, problems, decoded = {}, {}, {}
-    for split in ("train", "val"):
-        found = Problems(settings.data.on_error, settings.data.max_errors)
-        try:
-            splits[split] = load_index(settings.data, split, found)
-            problems[split] = found.messages
-        except RaydetError as error:
-            problems[split] = [str(error)]
-    if not splits:
-        raise RaydetError(problems["train"][0])
-    if decode:
-        for split, index in splits.items():
-            decoded[split] = list(track(decode_all(index), f"decoding {split}", total=len(index)))
-    train = splits.get("train")
-    report = look(
-        settings.data.root,
-        splits,
-        problems,
-        image_size=settings.data.image_size,
-        decoded=decoded,
-        augmented=_augmented(settings, train) if recipe and train is not None else None,
-        seed=settings.seed,
-    )
-    Store(out.parent).write(out.name, render(report).encode())
-    _summarise(report)
-    _say(f"page: {out}")
-
-
-@app.command()
-def ingest(
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
-    ],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="folder for the shards: s3://…, gs://… or a path that all nodes share")
-    ],
-    overrides: Overrides = None,
-    splits: Annotated[list[str] | None, typer.Option("--split", help="train or val [default: both]")] = None,
-    shard_mb: Annotated[
-        float, typer.Option("--shard-mb", help="size of a shard; a task needs three times as much memory", min=1)
-    ] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="of the images' places in the shards", min=0)] = 0,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read finished shards once more; write those that are damaged again")
-    ] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Write a data set as Parquet shards with the encoded images: object stores are slow with many small files.
-
-    Each image is decoded once, so that broken ones are found here (data.on_error=skip leaves them out). The same
-    command again goes on where it was interrupted. To train from the shards: data.format=shards data.root=OUT.
-
-    Example: raydet ingest coco2017_yolox_s s3://bucket/coco data.root=/data/coco
-    """
-    from raydet.data.ingest import ingest as run
-
-    run(
-        _recipe_of(data, overrides or ()).data,
-        out,
-        splits=splits or ("train", "val"),
-        shard_mb=shard_mb,
-        seed=seed,
-        verify=verify,
-        verbose=verbose,
-        say=_say,
-    )
-    _say(f"next: train with data.format=shards data.root={quote(out)}")
-
-
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="print this one, resolved, with the meaning of each key")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """List the recipes, or print one.
-
-    Example: raydet recipes coco2017_yolox_s > mine.yaml
-    """
-    from raydet.recipe import describe, load, shipped
-
-    if name is not None:
-        found = load(name, overrides or ())
-        if found.name == Path(name).stem:  # left empty, so that a copy in mine.yaml makes a run named mine
-            found = found.model_copy(update={"name": ""})
-        typer.echo(describe(found), nl=False)
-        return
-    width = max(map(len, shipped()))
-    for recipe, path in shipped().items():
-        headline = path.read_text().splitlines()[0].removeprefix("#").strip()
-        typer.echo(f"{recipe:<{width}}  {headline}")
+for command in (cli_data.inspect, cli_data.ingest, cli_data.recipes):
+    app.command()(command)
 
 
 def main() -> None:
@@ -528,38 +399,6 @@ def main() -> None:
         raise
 
 
-def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:
-    """Return the recipe whose data section says what a folder, its URI or a recipe means; a folder's has no name."""
-    from raydet.data.store import is_uri
-    from raydet.recipe import Recipe, load, shipped
-
-    if is_uri(data) or Path(data).expanduser().is_dir():
-        return load(recipe or Recipe(), [f"data.root={data}", *overrides])
-    if recipe is None and (data in shipped() or Path(data).is_file()):
-        return load(data, overrides)
-    raise RaydetError(f"{data} is neither a folder nor the URI of one{'' if recipe else ' nor a recipe'}")
-
-
-def _augmented(settings: Recipe, index: Index) -> Batch | None:
-    """Return the first training samples as the model will get them; None, and the reason said, if none can be made."""
-    from raydet.data.batch import local_train_batches
-    from raydet.data.report import SHOWN
-    from raydet.models import family_of
-    from raydet.plugins import is_own
-    from raydet.training.checkpoint import build
-    from raydet.training.prepare import train_samples
-
-    try:
-        name = settings.model.name
-        model = build(name, len(index.class_names), settings.data.image_size) if is_own(name) else None
-        preprocessing = (model and model.preprocessing) or family_of(model or name).preprocessing
-        samples = train_samples(settings, index, preprocessing.resize)
-        return next(local_train_batches(samples, 0, SHOWN, SHOWN))
-    except RaydetError as error:
-        _say(f"no augmented images: {error}")
-        return None
-
-
 def _check_device(device: str | None, debug: bool) -> None:
     if device is not None and not debug:
         raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
@@ -569,11 +408,6 @@ def _program() -> str:
     """Return how to start raydet."""
     started = "python -m raydet.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
     return "raydet" if shutil.which("raydet") else started
-
-
-def _say(text: str) -> None:
-    typer.echo(text)
-    sys.stdout.flush()
 
 
 def _table(metrics: Mapping[str, float]) -> None:
@@ -590,37 +424,6 @@ def _table(metrics: Mapping[str, float]) -> None:
         for name in classes:
             table.add_row(name, f"{metrics[name]:.4f}")
     Console().print(table)
-
-
-def _summarise(report: Report) -> None:
-    from rich.console import Console, Group
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    from raydet.data.report_page import overview
-
-    def plain(
-        text: str, style: str = ""
-    ) -> Text:  # names come from strangers: no markup, nothing that moves the cursor
-        return Text("".join(letter if letter.isprintable() else "?" for letter in text), style)
-
-    numbers = {split: overview(statistics) for split, statistics in report.splits.items()}
-    table = Table("", *map(Column, map(plain, numbers)))
-    for name in next(iter(numbers.values())):
-        table.add_row(name, *(values[name] for values in numbers.values()))
-    Console().print(table)
-    if not report.findings:
-        return
-    colour = {"error": "red", "warning": "yellow", "note": "dim"}
-    table = Table("", "split", "", "findings", show_lines=True)
-    table.columns[2].justify = "right"
-    for found in report.findings[:TOP_FINDINGS]:
-        example = f"{'such as ' * (found.count > 1)}{found.examples[0]}"
-        told = Group(plain(found.what), plain(found.remedy, "dim"), plain(example, "dim"))
-        table.add_row(plain(found.level, colour[found.level]), plain(found.split), f"{found.count:,}", told)
-    Console().print(table)
-    if len(report.findings) > TOP_FINDINGS:
-        _say(f"{len(report.findings) - TOP_FINDINGS} more findings are on the page")
 
 
 @app.callback(invoke_without_command=True)
