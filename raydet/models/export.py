@@ -5,6 +5,7 @@ onnx, onnxscript and onnxruntime (`pip install 'raydet[export]'`) are imported w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -142,6 +143,7 @@ def to_onnx(module: Exported, image_size: tuple[int, int], metadata: Mapping[str
         limits: list[Any] = [op.Constant(value_floats=[limit]) for limit in (iou, threshold)]
         return op.NonMaxSuppression(boxes, scores, every, *limits)
 
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of an empty list that it makes itself
     names = OUTPUTS[module.form]
     program = torch.onnx.export(
         module.eval(),

@@ -49,6 +49,8 @@ DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
 _SUMMARY = "summary.json"
 _NOTHING = contextlib.nullcontext()
+# How soon workers are added for nodes that have come; it costs the steps since the last checkpoint.
+_RESIZE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,7 @@ def _on_ray(
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=hang_s + 60),
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
+                elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
                 use_gpu=gpu,
                 resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share, **scale.worker_resources},
             ),
