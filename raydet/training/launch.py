@@ -156,10 +156,10 @@ def train(
         raise KeyboardInterrupt
     mirror.refresh()
     mirror.pull_checkpoint(checkpoint.find(folder).name)
-    plot(folder)
     best = checkpoint.find(folder)
     (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
     try:
+        plot(folder)
         report(folder)
     except RaydetError as error:  # the training is done
         say(f"warning: {error}")
