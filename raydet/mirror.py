@@ -127,7 +127,7 @@ class Mirror:
         """Bring to the store what changes, in a thread, and at the end all of it; look there for the wish to stop.
 
         Raises:
-            RaydetError: at the end the store cannot be reached.
+            RaydetError: at the end the store cannot be reached; it says where the rest is.
         """
         failed = False
 
@@ -145,8 +145,16 @@ class Mirror:
                 failed = True
 
         with _repeated(step, "raydet-push"):
-            yield
-        self.push()
+            try:
+                yield
+            except BaseException:
+                step()  # what led to it is worth having there
+                raise
+        try:
+            self.push()
+        except RaydetError as error:
+            where = f"{self.folder} on {socket.gethostname()}"
+            raise RaydetError(f"{error}; what is not there is in {where}") from None
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -175,7 +183,7 @@ def worker_folder(address: str, rank: int) -> Iterator[Path]:
         rank: of the worker; the log and the metrics are rank 0's.
 
     Raises:
-        RaydetError: the store cannot be reached; what is not there is kept in the folder.
+        RaydetError: the store cannot be reached; the folder stays.
     """
     from raydet.training import checkpoint
 
@@ -188,11 +196,8 @@ def worker_folder(address: str, rank: int) -> Iterator[Path]:
             break
     if rank == 0:  # may have to average the best
         mirror.pull(lambda name: name.startswith("checkpoint_") and name.endswith(_WEIGHTS))
-    try:
-        with mirror.pushing():
-            yield folder
-    except RaydetError as error:
-        raise RaydetError(f"{error}; what is not there is in {folder} on {socket.gethostname()}") from None
+    with mirror.pushing():
+        yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -161,6 +161,17 @@ def test_at_the_end_all_is_there_or_an_error_says_where_it_is(s3, tmp_path):
     assert (kept[0] / "more.txt").read_text() == "two"
 
 
+def test_what_an_error_left_is_there_too(s3):
+    def fails():
+        with worker_folder(s3.uri(s3.run), 0) as folder:
+            fill(folder, log_txt="the loss was not finite")
+            raise RaydetError("the loss was not finite in 5 steps")
+
+    with pytest.raises(RaydetError, match=r"not finite in 5 steps$"):
+        fails()
+    assert stored(s3) == ["log.txt"]
+
+
 def test_the_wish_to_stop_gets_from_the_driver_to_the_worker(s3, tmp_path):
     driver = Mirror(tmp_path / "driver", s3.uri(s3.run))
     fill(driver.folder, log_txt="start")
