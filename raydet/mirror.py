@@ -214,11 +214,11 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
     Raises:
         RaydetError: there is nothing, or the store cannot be reached.
     """
-    from raydet.training import checkpoint
-
     if not is_uri(path):
         yield Path(path).expanduser()
         return
+    from raydet.training import checkpoint
+
     address = str(path)
     store = Store(address)
     kind = store.kind()

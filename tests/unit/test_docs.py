@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import click
+import cv2
 import pytest
 import typer.main
 import yaml
@@ -12,6 +13,8 @@ import yaml
 import raydet
 from raydet.cli import app
 from raydet.recipe import Recipe, load, shipped
+from raydet.visualization import write_video
+from tests.command import raydet as command
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster/README.md"]
@@ -67,13 +70,13 @@ def test_a_command_parses_and_its_settings_exist(line):
     group = typer.main.get_command(app)
     if len(words) == 1 and words[0] == "--help":
         return
-    command = group.get_command(click.Context(group), words[0])
-    assert command is not None, f"there is no command {words[0]}"
+    found = group.get_command(click.Context(group), words[0])
+    assert found is not None, f"there is no command {words[0]}"
     if len(words) == 1:
         return
     arguments = words[1 : words.index(">")] if ">" in words else words[1:]
     arguments = arguments[: arguments.index("&&")] if "&&" in arguments else arguments
-    given = command.make_context(words[0], list(arguments), resilient_parsing=False).params
+    given = found.make_context(words[0], list(arguments), resilient_parsing=False).params
     overrides = [word for word in given.get("overrides") or [] if word != "KEY=VALUE"]
     if overrides:
         recipe = next((given[key] for key in ("recipe", "data", "name") if given.get(key)), None)
@@ -177,3 +180,41 @@ def test_the_examples_of_one_s_own_train(recipe, setting, shapes, tmp_path, own_
     small += ["data.max_num_samples=16", "train.epochs=1"]
     result = raydet.train(recipe, overrides=[*setting, *small], debug=True, device="cpu", say=print)
     assert result.checkpoint.is_dir()
+
+
+# What runs below as it is printed, in a folder with a run, photos and a video; evaluate and tune-nms with --debug, so
+# that no cluster is started. The rest trains (tests/ray does), needs COCO, or a cluster.
+RUNS = ("inspect /data/mine", "recipes", "plot runs/mine", "report runs/mine", "predict runs/mine", "predict mine.onnx")
+RUNS += ("export runs/mine", "evaluate runs/mine", "tune-nms runs/mine")
+PRINTED = [line for line in COMMANDS.values() if line.startswith(tuple(f"raydet {start}" for start in RUNS))]
+
+
+@pytest.fixture(scope="module")
+def workplace(shapes, tmp_path_factory):
+    """A folder with what the pages' reader has: a run, its photos, a video, an exported model."""
+    folder = tmp_path_factory.mktemp("work")
+    small = [f"data.root={shapes}", f"storage={folder}/runs", "name=mine", "data.image_size=64", "train.batch_size=8"]
+    raydet.train("yolox_n_finetune", overrides=[*small, "train.epochs=1"], debug=True, device="cpu", say=print)
+    (folder / "runs/mine-debug").rename(folder / "runs/mine")
+    (folder / "photos").mkdir()
+    images = [cv2.resize(cv2.imread(str(path)), (96, 96)) for path in sorted((shapes / "val").glob("*.jpg"))[:3]]
+    for number, image in enumerate(images):
+        cv2.imwrite(str(folder / f"photos/{number}.jpg"), image)
+    write_video(folder / "clip.mp4", iter(images), 5.0)
+    return folder
+
+
+@pytest.mark.parametrize("line", PRINTED)
+def test_a_command_runs_as_printed(line, workplace, shapes):
+    words = [word.replace("/data/mine", str(shapes)) for word in ours(line)]
+    words = words[: words.index(">")] if ">" in words else words
+    if words[0] == "predict" and words[1] == "mine.onnx":  # the line above it
+        assert command("export", "runs/mine", "--out", "mine.onnx", cwd=workplace).returncode == 0
+    if words[0] in ("evaluate", "tune-nms"):
+        words += ["--debug", "--device", "cpu", *(["--trials", "4"] if words[0] == "tune-nms" else [])]
+    done = command(*words, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+
+
+def test_most_commands_on_a_run_are_run():
+    assert len(PRINTED) >= 12
