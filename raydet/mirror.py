@@ -14,13 +14,13 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from raydet.data import cache
 from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
+from raydet.repeated import repeated
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Mirror:
                     logger.warning("not in the store yet, the next attempt follows: %s", error)
                 failed = True
 
-        with _repeated(step, "raydet-push"):
+        with repeated(step, PUSH_EVERY_S, "raydet-push"):
             try:
                 yield
             except BaseException:
@@ -169,7 +169,7 @@ class Mirror:
                     told = True
                 self.pull(_LOGS.__contains__)
 
-        with _repeated(step, "raydet-pull") if self.store is not None else contextlib.nullcontext():
+        with repeated(step, PUSH_EVERY_S, "raydet-pull") if self.store is not None else contextlib.nullcontext():
             yield
         step()
 
@@ -263,21 +263,3 @@ def _of_checkpoint(name: str) -> bool:
 def _state(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-@contextlib.contextmanager
-def _repeated(step: Callable[[], None], name: str) -> Iterator[None]:
-    """Call something again and again in a thread."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(PUSH_EVERY_S):
-            step()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -1,0 +1,1 @@
+"""The training: from a recipe to checkpoints."""

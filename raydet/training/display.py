@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raydet.evaluation import MAIN_METRIC
+from raydet.repeated import repeated
 
 _Line = Mapping[str, float]  # of metrics.jsonl
 
@@ -125,20 +126,11 @@ def follow(folder: Path, say: Callable[[str], Any], table: LiveTable | None) -> 
                 if (values := parse_metrics(line)) is not None:
                     table.metrics(values)
 
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(_LOOK_EVERY_S):
-            look()
-        look()
-
-    thread = threading.Thread(target=run, name="raydet-follow", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(look, _LOOK_EVERY_S, "raydet-follow"):
+            yield
     finally:
-        ended.set()
-        thread.join()
+        look()
 
 
 class _Tail:
