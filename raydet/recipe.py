@@ -28,6 +28,8 @@ from pydantic import (
 
 from raydet.errors import RaydetError, did_you_mean
 from raydet.plugins import accepts, is_own, locate
+from raydet.yaml_text import read as read_yaml
+from raydet.yaml_text import write as write_yaml
 
 
 def _image_size(value: Any) -> Any:
@@ -602,7 +604,7 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
 
 def override(key: str, value: Any) -> str:
     """Return `key=value` as `load` takes it."""
-    return f"{key}={_yaml(value)}"
+    return f"{key}={write_yaml(value)}"
 
 
 def describe(recipe: Recipe) -> str:
@@ -634,18 +636,12 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _entry(key: str, value: Any, description: str, indent: str) -> list[str]:
     comment = textwrap.wrap(description, width=100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    return [*comment, f"{indent}{key}: {_yaml(value)}"]
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML, on one line."""
-    shown: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-    return shown.removesuffix("...\n").strip()
+    return [*comment, f"{indent}{key}: {write_yaml(value)}"]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text(), _texts() | _lists_of_texts())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RaydetError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -664,7 +660,7 @@ def _override(tree: dict[str, Any], given: str) -> None:
             raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
         tree = inner
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text, _texts() | _lists_of_texts(), key.strip())
     except yaml.YAMLError:
         raise RaydetError(f"{given!r}: the value is not YAML; quote it") from None
     worded = key.strip() in _texts() and not isinstance(value, str | None)
@@ -703,16 +699,26 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
         raise RaydetError(f"{source}: {'; '.join(problems)}") from None
 
 
-@cache
 def _texts() -> frozenset[str]:
     """Return the settings that are text: there 2017 and no are words."""
+    return _settings_of((str, str | None))
+
+
+def _lists_of_texts() -> frozenset[str]:
+    """Return the settings that are lists of text."""
+    return _settings_of((list[str] | None,))
+
+
+@cache
+def _settings_of(kinds: tuple[Any, ...]) -> frozenset[str]:
+    """Return the settings of some types."""
     sections: dict[str, type[Section]] = {"": Recipe, "loss.": OwnLoss}
     sections |= {f"{name}.": type(value) for name, value in Recipe() if isinstance(value, Section) and name != "loss"}
     return frozenset(
         prefix + key
         for prefix, section in sections.items()
         for key, field in section.model_fields.items()
-        if field.annotation in (str, str | None)
+        if field.annotation in kinds
     )
 
 

@@ -85,11 +85,44 @@ def test_overrides(override, key, value):
     assert getattr(load("demo", [override]).train, key) == value
 
 
-@pytest.mark.parametrize("text", ["2017", "001", "no", "2024-01-01", "1e3"])
-def test_what_is_text_stays_text(text):
+WRITTEN = {"1e-3": 0.001, "1E5": 1e5, "1.e3": 1000.0, "+1e3": 1000.0, ".5e-2": 0.005, "-2e+1": -20.0, "1.5": 1.5}
+
+
+@pytest.mark.parametrize(("text", "value"), WRITTEN.items())
+def test_numbers_are_read_as_everyone_writes_them(text, value, tmp_path):
+    """YAML 1.1 takes most of these for text. What is quoted is text."""
+    own = [
+        f"augment.transforms=[{{name: 'mine:Grey', prob: {text}, mode: '{text}'}}]",
+        f"tune.space.loss.alpha={{choice: [{text}]}}",
+    ]
+    (tmp_path / "mine.yaml").write_text(
+        f"loss: {{name: 'mine:Loss', alpha: {text}}}\n"
+        f"augment: {{transforms: [{{name: 'mine:Grey', prob: {text}, mode: '{text}'}}]}}\n"
+        f"tune: {{space: {{loss.alpha: {{choice: [{text}]}}}}}}\n"
+    )
+    for mine in (load("demo", own), load(tmp_path / "mine.yaml")):
+        assert mine.augment.transforms[0].model_extra == {"prob": value, "mode": text}
+        assert mine.tune.space["loss.alpha"].values == [value]
+    assert load(tmp_path / "mine.yaml").loss.model_extra == {"alpha": value}
+    assert load(tmp_path / "mine.yaml", [f"loss.alpha={text}"]).loss.model_extra == {"alpha": value}
+
+
+@pytest.mark.parametrize("text", ["2017", "001", "no", "2024-01-01", "1e3", "1e-3", "+1e3", ".5e-2"])
+def test_what_is_text_stays_text(text, tmp_path):
     assert load("demo", [f"data.train_images={text}"]).data.train_images == text
     assert load("demo", [f"name={text}"]).name == text
     assert load("demo", ["model.weights=null"]).model.weights is None
+    (tmp_path / "mine.yaml").write_text(
+        f"name: {text}\nmodel: {{weights: null}}\ndata: {{train_images: {text}, class_inclusion_list: [{text}, cat]}}\n"
+    )
+    mine = load(tmp_path / "mine.yaml")
+    assert (mine.name, mine.data.train_images, mine.model.weights) == (text, text, None)
+    assert mine.data.class_inclusion_list == [text, "cat"]
+    assert load(mine, [f"data.class_inclusion_list=[{text}]"]).data.class_inclusion_list == [text]
+    (tmp_path / "again.yaml").write_text(recipe.describe(mine))
+    assert load(tmp_path / "again.yaml") == mine
+    assert load(mine, [recipe.override("name", text)]).name == text
+    assert load(mine, [f"data={{train_images: {text}}}"]).data.train_images == text
 
 
 @pytest.mark.parametrize("value", ["320", "[320, 320]"])
@@ -134,6 +167,7 @@ def test_wrong_overrides_are_refused_by_name(override, message):
     ("content", "message"),
     [
         ("train: [", "is not YAML"),
+        ("data: &it {root: *it}", "data.root: Input should be a valid string"),
         ("- 1", "holds no settings"),
         ("", "holds no settings"),
         ("x: 1", "x: no such setting"),
