@@ -228,8 +228,6 @@ def tune_nms(
     for line in tuned.summary(objective):
         say(line)
     say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
-    if Path(checkpoint).is_file():
-        say(f"a weights file keeps no thresholds: add {' '.join(tuned.overrides)}")
 
 
 @app.command()

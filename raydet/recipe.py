@@ -602,6 +602,18 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     return _validate(tree, source)
 
 
+def keys_given(overrides: Iterable[str]) -> frozenset[str]:
+    """Return the keys that overrides set.
+
+    Raises:
+        RaydetError: one is no override.
+    """
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        _override(tree, text)
+    return frozenset(_flat(tree))
+
+
 def override(key: str, value: Any) -> str:
     """Return `key=value` as `load` takes it."""
     return f"{key}={write_yaml(value)}"

@@ -41,7 +41,15 @@ from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
 from raydet.training.evaluate import restored
 from raydet.training.loop import evaluation_loop, train_loop
-from raydet.training.prepare import load_evaluated, make_job, open_run, thresholds_of, train_samples, val_samples
+from raydet.training.prepare import (
+    image_size_of,
+    load_evaluated,
+    make_job,
+    open_run,
+    thresholds_of,
+    train_samples,
+    val_samples,
+)
 from raydet.training.run import Job, RunLog
 from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, validate_elsewhere
 
@@ -185,7 +193,8 @@ def evaluate(
         path: of the checkpoint folder, run folder, weights file, or results JSON.
         recipe: of the data and, for a weights file, the model and the thresholds; None: that of the run.
         model: a detector of your own, where the checkpoint is of one.
-        overrides: `section.key=value`; those of `eval` go before the checkpoint's thresholds.
+        overrides: `section.key=value`; those of `eval` go before the checkpoint's thresholds, `data.image_size` before
+            its image size.
         debug: in this process, without Ray.
         device: with `debug`.
         verbose: let Ray print what its workers print.
@@ -237,7 +246,9 @@ def open_evaluation(
             f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
             "of the data, or are in another order"
         )
-    settings = settings.model_copy(update={"eval": thresholds_of(config, overrides)})
+    config = replace(config, image_size=image_size_of(config, settings, overrides, say))
+    data = settings.data.model_copy(update={"image_size": config.image_size})
+    settings = settings.model_copy(update={"data": data, "eval": thresholds_of(config, overrides)})
     base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
     return replace(base, config=config), val_index
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from raydet.evaluation import metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
-from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences
+from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences, keys_given
 from raydet.recipe import load as load_recipe
 from raydet.tracking.pictures import check_pictures
 from raydet.training.checkpoint import Config, build, find, read_json
@@ -170,6 +171,29 @@ def thresholds_of(config: Config, overrides: Sequence[str]) -> Eval:
     """Return the thresholds of a checkpoint, tuned perhaps after its training, with `eval.key=value` on top."""
     mine = [override for override in overrides if override.startswith("eval.")]
     return load_recipe(Recipe(eval=config.thresholds), mine).eval
+
+
+def image_size_of(
+    config: Config, recipe: Recipe, overrides: Sequence[str], say: Callable[[str], Any]
+) -> tuple[int, int]:
+    """Return the (height, width) to evaluate a checkpoint at: its own, unless the overrides give another.
+
+    Args:
+        config: of the checkpoint.
+        recipe: to evaluate with; a line names its size where it is another one and does not count.
+        overrides: `section.key=value`.
+        say: takes that line.
+    """
+    theirs = recipe.data.image_size
+    if "data.image_size" in keys_given(overrides):
+        return theirs
+    if theirs != config.image_size:
+        other, own = ("x".join(map(str, size)) for size in (theirs, config.image_size))
+        say(
+            f"data.image_size is {other} in the recipe, but {own} in the checkpoint, which counts; "
+            f"data.image_size=… takes another"
+        )
+    return config.image_size
 
 
 def open_run(job: Job) -> None:

@@ -48,6 +48,7 @@ class Tuned:
         values: each setting's value on the images searched on, the best first.
         seconds: of the search, without the candidates.
         folder: of the table and the picture.
+        not_stored: why the checkpoint does not get them; empty: it has them, or no better ones were found.
     """
 
     thresholds: Eval
@@ -56,6 +57,7 @@ class Tuned:
     values: list[tuple[float, Setting]]
     seconds: float
     folder: Path
+    not_stored: str = ""
 
     @property
     def overrides(self) -> list[str]:
@@ -67,6 +69,8 @@ class Tuned:
         found = self.comparison
         low, middle, high = found.gain
         verdict = "it is kept" if found.is_better else "it is not better there: the default stays"
+        if self.not_stored:
+            verdict = f"it is not stored, as {self.not_stored}: add {' '.join(self.overrides)}"
         return [
             f"{len(self.values)} settings in {self.seconds:.1f} s; the best: "
             + "  ".join(f"{name} {value}" for name, value in asdict(self.winner).items()),
@@ -136,12 +140,25 @@ def tune_nms(
         comparison = search.compare(default, winner)
         kept = winner if comparison.is_better else default
         thresholds = job.recipe.eval.model_copy(update=asdict(kept)) if comparison.is_better else job.recipe.eval
-        if comparison.is_better and source is not None:
-            checkpoint.set_thresholds(source, thresholds)
+        not_stored = ""
+        if comparison.is_better:
+            not_stored = _why_not_stored(source, job)
+            if source is not None and not not_stored:
+                checkpoint.set_thresholds(source, thresholds)
         folder = Path(out) if out is not None else source or Path()
-        tuned = Tuned(thresholds, winner, comparison, values, seconds, folder)
+        tuned = Tuned(thresholds, winner, comparison, values, seconds, folder, not_stored)
         _write(tuned, search)
         return tuned
+
+
+def _why_not_stored(source: Path | None, job: Job) -> str:
+    """Return why a checkpoint, None: a weights file, is not to have thresholds that are better; empty: it is."""
+    if source is None:
+        return "a weights file keeps no thresholds"
+    ours, own = (
+        "x".join(map(str, size)) for size in (job.config.image_size, checkpoint.read_config(source).image_size)
+    )
+    return "" if ours == own else f"the checkpoint is used at {own} pixels, not at {ours}"
 
 
 def _candidates(

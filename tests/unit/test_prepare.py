@@ -6,7 +6,9 @@ import torch
 from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
-from raydet.recipe import Recipe, load
+from raydet.recipe import Recipe, describe, load
+from raydet.training.checkpoint import Progress, pack, write
+from raydet.training.launch import open_evaluation
 from raydet.training.loop import resized
 from raydet.training.prepare import make_job, open_run, train_samples, val_samples
 
@@ -138,6 +140,15 @@ def test_resized_images_carry_their_boxes():
     assert moved.tolist() == [[1, 3, 36, 48, 48, 32]]
     assert targets.tolist() == [[1, 3, 24, 24, 32, 16]]
     assert resized(images, targets, (64, 64)) == (images, targets)
+
+
+@pytest.mark.parametrize(("given", "size"), [([], (96, 96)), (["data.image_size=[128, 160]"], (128, 160))])
+def test_an_ssd_is_evaluated_at_its_own_size_or_built_for_the_one_that_is_given(job, tmp_path, given, size):
+    mine = job("model.name=ssd_lite_mobilenet_v2", "loss.name=SSDLoss")
+    write(tmp_path / "run/checkpoint_000001", pack(mine.config, mine.model, None, Progress(), 1, {}))
+    (tmp_path / "run/recipe.yaml").write_text(describe(mine.recipe))
+    opened, _ = open_evaluation(tmp_path / "run", None, None, given, print)
+    assert opened.recipe.data.image_size == opened.config.image_size == opened.model.image_size == size
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,56 @@ def test_evaluate_uses_a_checkpoint_s_thresholds_but_for_those_given(tuned, save
     assert job.recipe.eval == mine.model_copy(update={"iou": 0.44})
 
 
+@pytest.fixture
+def small(saved, weights, shared, tmp_path):
+    """A run whose checkpoint is of yolox_nano at 416 pixels, which the recipe of the run says too."""
+    job, _ = open_evaluation(weights, "coco2017_yolox_n", None, [f"data.root={shared}/data/coco_mini"], print)
+    folder = tmp_path / "run" / "checkpoint_000001"
+    write(folder, pack(job.config, job.model, None, Progress(), 1, {}))
+    data = f"root: {shared}/data/coco_mini, max_num_samples: 40, image_size: 416"
+    (folder.parent / "recipe.yaml").write_text(f"data: {{{data}}}")
+    return folder
+
+
+def test_tune_nms_measures_at_the_image_size_that_is_given(small):
+    """Images, boxes, and candidates that are kept are all of that size."""
+    said, values, files = [], {}, {}
+    for size in (416, 320):
+        given = [f"data.image_size={size}"] if size != 416 else []
+        found = tune_nms(small, overrides=given, trials=2, debug=True, device="cpu", say=said.append)
+        (files[size],) = set(small.glob("candidates-*.parquet")) - set(files.values())
+        job, index = open_evaluation(small, None, None, given, print)
+        assert job.config.image_size == job.recipe.data.image_size == (size, size)
+        candidates = CandidateSet(files[size], index, job.config.image_size, job.config.preprocessing.resize)
+        values[size] = Search(candidates).value(Setting.of(job.recipe.eval), np.arange(len(index)))
+        measured = raydet.evaluate(small.parent, overrides=given, debug=True, device="cpu", say=said.append)
+        assert values[size] == pytest.approx(measured[MAIN_METRIC], abs=1e-12)
+        assert not found.not_stored or size == 320
+    assert values[416] != values[320] > 0.2
+
+
+def test_thresholds_for_another_image_size_are_not_stored(small):
+    given = {"overrides": ["data.image_size=320"], "objective": "F1@0.50", "trials": 8, "debug": True, "device": "cpu"}
+    before = checkpoint.read_config(small)
+    found = tune_nms(small, **given, say=print)
+    assert found.comparison.is_better
+    assert found.not_stored == "the checkpoint is used at 416x416 pixels, not at 320x320"
+    assert checkpoint.read_config(small) == before
+    assert f"{found.not_stored}: add eval.score={found.winner.score} eval.iou=" in found.summary("F1@0.50")[-1]
+
+
+def test_the_image_size_of_the_checkpoint_counts_not_that_of_a_recipe(small, shared):
+    said = []
+    data = [f"data.root={shared}/data/coco_mini", "data.max_num_samples=40"]
+    mine = raydet.evaluate(small, debug=True, device="cpu", say=said.append)
+    assert not any("data.image_size" in line for line in said)
+    other = raydet.evaluate(small, recipe="coco2017_yolox_s", overrides=data, debug=True, device="cpu", say=said.append)
+    assert other == mine
+    assert sum("data.image_size is 640x640 in the recipe, but 416x416 in the checkpoint" in line for line in said) == 1
+    smaller = raydet.evaluate(small, overrides=["data.image_size=320"], debug=True, device="cpu", say=said.append)
+    assert smaller[MAIN_METRIC] != mine[MAIN_METRIC]
+
+
 def test_settings_of_too_many_wrong_detections_are_worth_nothing(candidates):
     rows = np.arange(len(candidates))
     precise = Search(candidates, precision=0.5)
