@@ -227,7 +227,7 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
     name = local_folder(address).name
     if kind == "file":
         above = Mirror(local_folder(_above(address)), _above(address))
-        above.pull({name}.__contains__)
+        above.pull({name, *([_CONFIG] if name == _WEIGHTS else [])}.__contains__)
         yield above.folder / name
         return
     inside = store.kind(_CONFIG) == "file"  # a checkpoint, whose run is the folder above

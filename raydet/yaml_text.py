@@ -33,7 +33,7 @@ for _kind in (_Loader, _Dumper):
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _FLOAT]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    _kind.add_implicit_resolver(_FLOAT, _NUMBER, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+    _kind.add_implicit_resolver(_FLOAT, _NUMBER, list("-+.0123456789"))
 
 
 def read(text: str, texts: Collection[str], key: str = "") -> Any:
@@ -53,9 +53,9 @@ def read(text: str, texts: Collection[str], key: str = "") -> Any:
         if node is None:
             return None
         _keep_words(node, texts, key)
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def write(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -91,7 +92,9 @@ def get(
     return model
 
 
-def load_weights(model: Detector, weights: str | Path, strict: bool = False) -> Weights:
+def load_weights(
+    model: Detector, weights: str | Path, strict: bool = False, class_names: Sequence[str] | None = None
+) -> Weights:
     """Load a checkpoint of any known project into a model: see `raydet.models.reference_weights.load_weights`."""
     adapters = [adapter for family in FAMILIES for adapter in family.adapters]
-    return reference_weights.load_weights(model, weights, adapters, strict)
+    return reference_weights.load_weights(model, weights, adapters, strict, class_names)

@@ -56,7 +56,9 @@ class Detector(nn.Module):
         neck: feature maps → feature maps.
         head: feature maps → output: in training mode what its family's loss takes, in evaluation mode
             (decoded, raw outputs). Its `num_classes` are those it tells apart, its layers for them are named
-            `cls_preds`, and `post_prediction` is the class of its callback.
+            `cls_preds`, an output a class in their order, and `post_prediction` is the class of its callback. A
+            `background`, where it has one, is the number of classes before these; then a class may have several
+            outputs.
         preprocessing: None: that of the head's family.
 
     Attributes:

@@ -60,11 +60,13 @@ class Weights:
         tensors: name → tensor.
         source: whose names the file had, for messages.
         licence: of these weights, as far as it is known.
+        class_names: name of each class that they tell apart; None: unknown, no config.json is beside them.
     """
 
     tensors: dict[str, Tensor]
     source: str
     licence: str
+    class_names: tuple[str, ...] | None = None
 
 
 def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collection[str]) -> Weights:
@@ -86,38 +88,48 @@ def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collecti
         raise RaydetError(_WHERE_TO_GET.format(weights=str(weights)))
     tensors = _tensors(source, _read(source))
     if set(own) <= set(tensors):
-        return Weights(tensors, "raydet", _own_licence(source))
+        return Weights(tensors, "raydet", *_own_config(source))
     for adapter in adapters:
         if adapter.knows(tensors):
             return Weights(adapter.translate(tensors), adapter.source, adapter.licence)
     if all(any(name.startswith(part) for name in tensors) for part in ("backbone.", "head.")):
-        return Weights(tensors, "raydet", _own_licence(source))
+        return Weights(tensors, "raydet", *_own_config(source))
     raise RaydetError(
         f"{weights}: tensors like {next(iter(tensors), '(none)')} are of no model known here; raydet reads its own "
         f"checkpoints, and {', '.join(adapter.source for adapter in adapters)}"
     )
 
 
-def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapter], strict: bool = False) -> Weights:
-    """Load a checkpoint into a model; prediction layers of another class count stay as they are, with a warning.
+def load_weights(
+    model: Detector,
+    weights: str | Path,
+    adapters: Sequence[Adapter],
+    strict: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Weights:
+    """Load a checkpoint into a model.
 
-    The licence of the weights is kept as the model's.
+    Where the names of the classes are known on both sides, the prediction layers keep what the weights know of each
+    class by its name, and begin afresh for the others; else they begin afresh where the number of classes differs. A
+    warning says so. The licence of the weights is kept as the model's.
 
     Args:
         model: to load into.
         weights: path or URI.
         adapters: see `read_weights`.
-        strict: refuse other class counts too.
+        strict: refuse other classes, another order or number of them.
+        class_names: name of each class of the model; None: unknown.
 
     Raises:
-        RaydetError: tensors are missing, left over or of another shape; the message names some.
+        RaydetError: tensors are missing, left over or of another shape; the message names some. Or see `strict`.
     """
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     read = read_weights(weights, adapters, own)
     given = {name: tensor for name, tensor in read.tensors.items() if not name.endswith("num_batches_tracked")}
     shapes = {name: (given[name].shape, own[name].shape) for name in own if name in given}
     differ = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    replaced = [name for name, (a, b) in differ.items() if ".cls_preds." in name and a[1:] == b[1:]]
+    predictions = [name for name, (a, b) in shapes.items() if ".cls_preds." in name and a[1:] == b[1:]]
+    replaced = [name for name in differ if name in predictions]
     wrong = [f"{name} {list(given[name].shape)}" for name in given if name not in own]
     wrong += [f"{name} is missing" for name in own if name not in given]
     wrong += [f"{name} {list(a)} instead of {list(b)}" for name, (a, b) in differ.items() if name not in replaced]
@@ -126,9 +138,16 @@ def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapte
             f"{weights} (a checkpoint of {read.source}) is not of a {type(model).__name__}: "
             f"{len(wrong)} tensors do not fit, such as {'; '.join(wrong[:3])}"
         )
-    if replaced and strict:
+    if class_names is not None and read.class_names is not None and tuple(class_names) != read.class_names:
+        if strict:
+            raise RaydetError(other_classes(str(weights), read.class_names, class_names))
+        known = _by_name(model, {name: given[name] for name in predictions}, read.class_names, class_names)
+        _say_which(str(weights), [] if known is None else read.class_names, class_names)
+        replaced = predictions if known is None else []
+        given |= known or {}
+    elif replaced and strict:
         raise RaydetError(f"{weights} is not for the {model.num_classes} classes of the data: train it on them first")
-    if replaced:
+    elif replaced:
         logger.warning(
             "%s is for other classes: the layers that predict the %d classes here start afresh",
             weights,
@@ -139,6 +158,87 @@ def load_weights(model: Detector, weights: str | Path, adapters: Sequence[Adapte
     model.load_state_dict({name: tensor for name, tensor in given.items() if name not in replaced}, strict=False)
     model.licence = read.licence
     return read
+
+
+def other_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Return a line that says how the classes of a checkpoint differ from those of the data.
+
+    Args:
+        source: of the checkpoint.
+        theirs: names of its classes.
+        ours: names of the data's.
+    """
+    if sorted(theirs) == sorted(ours):
+        place = next(number for number, names in enumerate(zip(theirs, ours, strict=True)) if names[0] != names[1])
+        return (
+            f"{source} detects the same classes in another order than the data has: number {place} is "
+            f"{theirs[place]!r} there and {ours[place]!r} here; "
+            f"data.class_inclusion_list=[{', '.join(theirs)}] puts the data's in that order"
+        )
+    unknown = [name for name in ours if name not in theirs]
+    missing = [name for name in theirs if name not in ours]
+    told = [f"{what} {_listed(names)}" for what, names in (("it lacks", unknown), ("the data lacks", missing)) if names]
+    return (
+        f"{source} detects {len(theirs)} classes that are not the {len(ours)} of the data"
+        f"{': ' * bool(told)}{', '.join(told)}"
+    )
+
+
+def _by_name(
+    model: Detector, tensors: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]
+) -> dict[str, Tensor] | None:
+    """Return a model's prediction layers with the rows of the classes that weights know; None: they know none of them.
+
+    Args:
+        model: as it begins.
+        tensors: of the weights, by the names of the model's prediction layers.
+        theirs: names of their classes.
+        ours: names of the model's classes.
+    """
+    if not set(theirs) & set(ours):
+        return None
+    background = getattr(model.head, "background", None)
+    first = background or 0
+    state, found = model.state_dict(), {}
+    for name, tensor in tensors.items():
+        rows, rest = divmod(len(tensor), first + len(theirs))
+        if rest or (background is None and rows != 1):  # a head of one's own: which row is whose is not known
+            return None
+        shape = (-1, rows, *tensor.shape[1:])
+        given, mixed = tensor.reshape(shape), state[name].clone().reshape(shape)
+        mixed[:first] = given[:first].to(mixed)
+        for number, each in enumerate(ours):
+            if each in theirs:
+                mixed[first + number] = given[first + theirs.index(each)].to(mixed)
+        found[name] = mixed.flatten(0, 1)
+    return found
+
+
+def _say_which(weights: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Warn of what the prediction layers know; `theirs`: the names of the classes whose rows are kept."""
+    unknown = [name for name in ours if name not in theirs]
+    if not unknown:
+        logger.warning(
+            "%s has its classes in another order: its prediction layers are put in that of the data", weights
+        )
+    elif len(unknown) == len(ours):
+        logger.warning(
+            "%s is for other classes: the layers that predict the %d classes here start afresh: %s",
+            weights,
+            len(ours),
+            _listed(unknown),
+        )
+    else:
+        logger.warning(
+            "%s does not know %s: the prediction layers start afresh for these classes, and keep the others by name",
+            weights,
+            _listed(unknown),
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    most = 20
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def is_uri(weights: str | Path) -> bool:
@@ -187,10 +287,16 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def _own_licence(source: str) -> str:
+def _own_config(source: str) -> tuple[str, tuple[str, ...] | None]:
+    """Return the licence and the names of the classes that the config.json beside a checkpoint's weights says."""
     file, question, query = source.partition("?")
     folder = file.rpartition("/")[0]
     try:
-        return str(json.loads(_read(f"{folder}/config.json{question}{query}" if folder else "config.json"))["licence"])
+        content = json.loads(_read(f"{folder}/config.json{question}{query}" if folder else "config.json"))
+        licence = str(content["licence"])
     except (RaydetError, ValueError, KeyError, TypeError):
-        return "unknown: the checkpoint's config.json is not beside it"
+        return "unknown: the checkpoint's config.json is not beside it", None
+    try:
+        return licence, tuple(str(entry["name"]) for entry in content["classes"])
+    except (KeyError, TypeError):
+        return licence, None

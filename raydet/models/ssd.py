@@ -99,6 +99,7 @@ class SSDHead(nn.Module):
     """
 
     post_prediction = SSDPostPredictCallback
+    background = 1  # classes of `cls_preds` before those of the data
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, image_size: tuple[int, int]):
         super().__init__()

@@ -25,6 +25,7 @@ from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
 from raydet.errors import RaydetError, user_error
 from raydet.mirror import STOP, Mirror, opened
+from raydet.models.reference_weights import other_classes
 from raydet.plot import plot
 from raydet.predict import pick_device
 from raydet.recipe import (
@@ -242,10 +243,7 @@ def open_evaluation(
         return make_job(settings, None, val_index), val_index
     config = checkpoint.read_config(source)
     if config.class_names != val_index.class_names:
-        raise RaydetError(
-            f"{source} detects {len(config.class_names)} classes that are not the {len(val_index.class_names)} "
-            "of the data, or are in another order"
-        )
+        raise RaydetError(other_classes(str(source), config.class_names, val_index.class_names))
     config = replace(config, image_size=image_size_of(config, settings, overrides, say))
     data = settings.data.model_copy(update={"image_size": config.image_size})
     settings = settings.model_copy(update={"data": data, "eval": thresholds_of(config, overrides)})

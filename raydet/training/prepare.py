@@ -130,7 +130,7 @@ def make_job(
         model = build(name, len(names), recipe.data.image_size)
         if recipe.model.weights is not None:
             # To measure prediction layers that nobody has trained would be a mistake.
-            load_weights(model, _weights(recipe.model.weights), strict=train_index is None)
+            load_weights(model, _weights(recipe.model.weights), train_index is None, names)
     family = _family(model, recipe)
     config = Config(
         model=name,

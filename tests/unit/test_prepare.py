@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raydet.data.coco import load_coco
+from raydet.data.formats import load_index
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
 from raydet.recipe import Recipe, describe, load
@@ -140,6 +141,21 @@ def test_resized_images_carry_their_boxes():
     assert moved.tolist() == [[1, 3, 36, 48, 48, 32]]
     assert targets.tolist() == [[1, 3, 24, 24, 32, 16]]
     assert resized(images, targets, (64, 64)) == (images, targets)
+
+
+@pytest.mark.parametrize("form", ["run", "run/checkpoint_000001", "run/checkpoint_000001/model.safetensors"])
+def test_weights_of_a_run_go_to_the_classes_of_their_names(job, shapes, tmp_path, form):
+    mine = job()
+    write(tmp_path / "run/checkpoint_000001", pack(mine.config, mine.model, None, Progress(), 1, {}))
+    names = mine.config.class_names
+    turned = f"data.class_inclusion_list=[{', '.join(names[::-1])}]"
+    recipe = load("demo", [f"data.root={shapes}", "data.image_size=96", turned, f"model.weights={tmp_path / form}"])
+    indices = [load_index(recipe.data, split) for split in ("train", "val")]
+    weights = make_job(recipe, *indices).model.head.cls_preds[0].weight
+    assert torch.equal(weights, mine.model.head.cls_preds[0].weight.flip(0))
+    given = ["data.image_size=96", f"data.root={shapes}", turned]
+    with pytest.raises(RaydetError, match=r"the same classes in another order.*data\.class_inclusion_list=\[disc, "):
+        open_evaluation(tmp_path / form, "demo", None, given, print)
 
 
 @pytest.mark.parametrize(("given", "size"), [([], (96, 96)), (["data.image_size=[128, 160]"], (128, 160))])

@@ -23,9 +23,13 @@ C = 5
 
 @pytest.fixture(scope="module")
 def zoo():
-    """The smallest model of each family."""
+    """The smallest model of each family; what it makes of an image differs by class."""
     torch.manual_seed(0)
-    return {name: models.get(name, C) for name in SMALL}
+    found = {name: models.get(name, C) for name in SMALL}
+    for model in found.values():
+        for parameter in model.head.cls_preds.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return found
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -57,6 +61,91 @@ def test_another_class_count_replaces_the_prediction_layers_and_says_so(zoo, nam
             assert ("cls_preds" in key) != same, key
     with pytest.raises(RaydetError, match="is not for the 3 classes of the data: train it on them first"):
         models.load_weights(models.get(name, 3), tmp_path, strict=True)
+
+
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+
+
+@pytest.fixture
+def named(zoo, tmp_path):
+    """Saves a model of the zoo as a checkpoint that says the names of its classes."""
+
+    def save(name):
+        folder = tmp_path / "checkpoint_000001"
+        folder.mkdir()
+        save_file(zoo[name].state_dict(), folder / "model.safetensors")
+        classes = [{"id": number, "name": each} for number, each in enumerate(NAMES)]
+        (folder / "config.json").write_text(json.dumps({"licence": "mine", "classes": classes}))
+        return folder
+
+    return save
+
+
+@torch.no_grad()
+def scores(model):
+    """Class scores of a random image, [points, classes]."""
+    images = torch.rand(1, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    decoded = model.eval()(images)[0]
+    return (decoded[1] if isinstance(decoded, tuple) else decoded[..., 5:])[0]
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "address"])
+@pytest.mark.parametrize("name", SMALL)
+def test_classes_in_another_order_keep_their_rows(zoo, name, form, named, caplog):
+    folder = named(name)
+    path = {"folder": folder, "file": folder / "model.safetensors"}.get(form, (folder / "model.safetensors").as_uri())
+    order = [3, 0, 4, 1, 2]
+    model = models.get(name, C)
+    models.load_weights(model, path, class_names=[NAMES[number] for number in order])
+    before = scores(zoo[name])
+    assert (before.std(0) > 0).all()
+    torch.testing.assert_close(scores(model), before[:, order])
+    assert "in another order: its prediction layers are put in that of the data" in caplog.text
+    with pytest.raises(RaydetError, match="detects the same classes in another order than the data has"):
+        models.load_weights(model, path, strict=True, class_names=[NAMES[number] for number in order])
+
+
+@pytest.mark.parametrize("names", [("dog", "fly", "ant"), ("dog", "fly", "ant", "gnu", "bee"), ("fly", "gnu")])
+@pytest.mark.parametrize("name", SMALL)
+def test_classes_that_the_weights_do_not_know_begin_afresh_by_name(zoo, name, names, named, caplog):
+    torch.manual_seed(1)
+    fresh = models.get(name, len(names))
+    torch.manual_seed(1)
+    model = models.get(name, len(names))
+    folder = named(name)
+    models.load_weights(model, folder, class_names=names)
+    first = 1 if name.startswith("ssd") else 0  # the background's, which all know
+    ours, theirs, new = (m.state_dict() for m in (model, zoo[name], fresh))
+    known = [each for each in names if each in NAMES]
+    for key in (key for key in ours if ".cls_preds." in key):
+        by_class = [tensors[key].unflatten(0, (first + count, -1)) for tensors, count in
+                    ((ours, len(names)), (theirs, C), (new, len(names)))]  # fmt: skip
+        for number, each in enumerate(names):
+            expected = by_class[1][first + NAMES.index(each)] if each in NAMES else by_class[2][first + number]
+            assert torch.equal(by_class[0][first + number], expected), (key, each)
+        if first:
+            assert torch.equal(by_class[0][0], by_class[1][0] if known else by_class[2][0])
+    (record,) = caplog.records
+    assert all(each in record.getMessage() for each in names if each not in NAMES)
+    with pytest.raises(RaydetError, match=r"detects 5 classes that are not the \d of the data.* fly"):
+        models.load_weights(model, folder, strict=True, class_names=names)
+
+
+def test_a_head_whose_rows_are_not_known_begins_afresh(named, caplog):
+    """Of one's own, with more than a row a class: which is whose, only its author knows."""
+
+    def double(count):
+        model = models.get("yolox_n", count)
+        model.head.cls_preds = nn.ModuleList(nn.Conv2d(64, 2 * count, 1) for _ in range(3))
+        return model
+
+    folder = named("yolox_n")
+    save_file(double(C).state_dict(), folder / "model.safetensors")
+    model = double(C)
+    before = model.head.cls_preds[0].weight.clone()
+    models.load_weights(model, folder, class_names=NAMES[::-1])
+    assert torch.equal(model.head.cls_preds[0].weight, before)
+    assert "start afresh" in caplog.text
 
 
 @pytest.mark.parametrize(
