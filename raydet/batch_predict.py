@@ -33,6 +33,7 @@ from raydet.errors import RaydetError, user_error
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from torch import nn
 
     from raydet.recipe import Eval
     from raydet.training.checkpoint import Config
@@ -106,6 +107,8 @@ def batch_predict(
     source: str,
     out: str,
     *,
+    model: nn.Module | None = None,
+    trust_code: bool = False,
     form: str = "parquet",
     conf: float | None = None,
     iou: float | None = None,
@@ -121,6 +124,8 @@ def batch_predict(
         checkpoint: its folder, or that of a run, whose best it is.
         source: folder of images, a URI or a path that all nodes share.
         out: folder for the detections, likewise.
+        model: a detector of your own, where the checkpoint is of one.
+        trust_code: in its place, run the `package.module:function` that the checkpoint names as its model.
         form: "parquet", or "coco": COCO's results besides.
         conf: lowest score; None: the checkpoint's, but at least 0.25.
         iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
@@ -150,7 +155,7 @@ def batch_predict(
     with opened(checkpoint) as local:
         folder = checkpoints.find(local)
         config = checkpoints.read_config(folder)
-        model = checkpoints.load_model(folder, config)
+        model = checkpoints.load_model(folder, config, model, trust_code)
     conf = shown_score(config.thresholds) if conf is None else conf
     thresholds = with_thresholds(config.thresholds, conf, iou)
     images, target = Store(source), Store(out)

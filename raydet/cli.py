@@ -32,6 +32,12 @@ RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="recipe of the data and, for a weights file, of the model")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="in this process, without Ray: breakpoints work")]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="run the code that the checkpoint or its run names: a model, or data, of someone's own"
+    ),
+]
 Device = Annotated[
     str | None, typer.Option("--device", help="such as cuda:1 or cpu [default: the first GPU, or else the CPU]")
 ]
@@ -71,8 +77,10 @@ def train(
     from raydet.data.problems import Problems
     from raydet.data.store import is_uri
     from raydet.mirror import opened
+    from raydet.plugins import is_own
     from raydet.recipe import load
     from raydet.report import report as report_of_run
+    from raydet.training.checkpoint import build
     from raydet.training.display import summary
     from raydet.training.launch import train as start
     from raydet.training.pictures import draw_validation
@@ -83,12 +91,14 @@ def train(
     if result.finished_before:
         say(f"{result.folder} is finished; another name=… starts another run")
     _table({name.removeprefix("val/"): value for name, value in result.metrics.items()})
-    data = load(result.folder / "recipe.yaml").data
+    settings = load(result.folder / "recipe.yaml")
+    data, name = settings.data, settings.model.name
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
+    model = build(name, len(index.class_names), data.image_size) if is_own(name) else None
     run = result.address or str(result.folder)
     with opened(run) as folder:
         if not result.finished_before:
-            say(f"detections on validation images, beside the truth: {draw_validation(folder, index)}")
+            say(f"detections on validation images, beside the truth: {draw_validation(folder, index, model)}")
         for line in summary(folder):
             say(line)
         say(f"curves: {folder / 'images' / 'metrics.png'}")
@@ -97,8 +107,9 @@ def train(
     say(f"run folder: {run}")
     say(f"best checkpoint: {result.checkpoint}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
-    say(f"next: {_program()} predict {quote(run)} {quote(images)}")
-    say(f"      {_program()} evaluate {quote(run)}")
+    trusted = [" --trust-code" * any(map(is_own, names)) for names in ([name], [name, data.format])]
+    say(f"next: {_program()} predict {quote(run)} {quote(images)}{trusted[0]}")
+    say(f"      {_program()} evaluate {quote(run)}{trusted[1]}")
 
 
 @app.command()
@@ -108,6 +119,7 @@ def evaluate(
     ],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    trust_code: TrustCode = False,
     debug: Debug = False,
     device: Device = None,
     verbose: Verbose = False,
@@ -130,6 +142,7 @@ def evaluate(
     metrics = run(
         checkpoint,
         recipe=recipe,
+        trust_code=trust_code,
         overrides=overrides or (),
         debug=debug,
         device=device,
@@ -182,6 +195,7 @@ def tune_nms(
     checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    trust_code: TrustCode = False,
     objective: Annotated[
         str, typer.Option("--objective", help="what is to be highest: mAP@0.50:0.95, mAP@0.50, mAP@0.75 or F1@0.50")
     ] = "mAP@0.50:0.95",
@@ -214,6 +228,7 @@ def tune_nms(
     tuned = run(
         checkpoint,
         recipe=recipe,
+        trust_code=trust_code,
         overrides=overrides or (),
         objective=objective,
         precision=precision,
@@ -278,6 +293,7 @@ def predict(
     score: Score = None,
     iou: IoU = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    trust_code: TrustCode = False,
     device: Device = None,
 ) -> None:
     """Detect in images or a video: pictures or a video with boxes, and a COCO results JSON.
@@ -292,7 +308,7 @@ def predict(
     from raydet.predictions import open_target, save
 
     target = open_target(source, out)
-    predictor = load(checkpoint, device)
+    predictor = load(checkpoint, device, trust_code=trust_code)
     score = shown_score(predictor.config.thresholds) if score is None else score
     found = save(predictor.stream(target.source, score, iou, batch_size), target)
     for name, reason in found.failed.items():
@@ -319,6 +335,7 @@ def batch_predict(
     actors: Annotated[
         int | None, typer.Option("--actors", help="models at once [default: one for each GPU, or else each CPU]", min=1)
     ] = None,
+    trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Detect in any number of images on Ray, from and to a disk or an object store.
@@ -334,6 +351,7 @@ def batch_predict(
         checkpoint,
         source,
         out,
+        trust_code=trust_code,
         form=form,
         conf=score,
         iou=iou,
@@ -360,6 +378,7 @@ def export(
         float | None, typer.Option("--score", help="lowest score [default: the checkpoint's]", min=0, max=1)
     ] = None,
     iou: IoU = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a checkpoint as an ONNX file that needs no raydet: uint8 images in, detections out, NMS inside.
 
@@ -371,7 +390,7 @@ def export(
 
     if form != "onnx":
         raise RaydetError(f"--format {form}: it is onnx")
-    written = run(checkpoint, out, form=output, conf=score, iou=iou, say=say)
+    written = run(checkpoint, out, trust_code=trust_code, form=output, conf=score, iou=iou, say=say)
     say(
         f"{written.detections} detections compared: {written.missing} are not in both, the others' scores differ by "
         f"at most {written.score:.1g}, boxes by {written.pixels:.1g} px"

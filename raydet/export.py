@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from raydet import __version__
 from raydet.data.formats import load_index
@@ -55,6 +56,8 @@ def export(
     path: str | Path,
     out: str | Path | None = None,
     *,
+    model: nn.Module | None = None,
+    trust_code: bool = False,
     form: str = "batch",
     conf: float | None = None,
     iou: float | None = None,
@@ -65,6 +68,9 @@ def export(
     Args:
         path: of a checkpoint, or of a run, whose best it is.
         out: the file; None: model.onnx in the checkpoint's folder.
+        model: a detector of your own, where the checkpoint is of one.
+        trust_code: in its place, run the code that the checkpoint names as its model, and the recipe of its run to read
+            the images to compare with.
         form: of the output, see `raydet.models.export.Exported`.
         conf: lowest score, in place of the checkpoint's.
         iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
@@ -80,7 +86,7 @@ def export(
         folder = checkpoint.find(local)
         config = checkpoint.read_config(folder)
         thresholds = with_thresholds(config.thresholds, conf, iou)
-        model = checkpoint.load_model(folder, config)
+        model = checkpoint.load_model(folder, config, model, trust_code)
         if not isinstance(model, Detector):
             raise RaydetError(f"{folder}: only a raydet.models.Detector can be exported")
         content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
@@ -93,7 +99,7 @@ def export(
             data = to_onnx(module, config.image_size, {METADATA: json.dumps(about), "raydet_version": __version__})
         except MissingPackages as error:
             raise RaydetError(f"export: {error}") from None
-        images, source = _images(folder, pytorch)
+        images, source = _images(folder, pytorch, trust_code)
         onnx = OnnxPredictor(data, str(target))
         say(f"comparing onnxruntime with PyTorch on {len(images)} {source}")
         lists: list[tuple[Rows, Rows]] = []
@@ -146,10 +152,10 @@ def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int,
     return missing + sum(bool(theirs[number, 4] > lowest + _SCORE) for number in left), score, pixels
 
 
-def _images(folder: Path, predictor: Predictor) -> tuple[list[npt.NDArray[np.uint8]], str]:
+def _images(folder: Path, predictor: Predictor, trust_code: bool) -> tuple[list[npt.NDArray[np.uint8]], str]:
     """Return images to compare with, fitted into the model's input: of the validation data, or drawn if it is gone."""
     try:
-        index = load_index(load_evaluated(folder, None, ()).data, "val")
+        index = load_index(load_evaluated(folder, None, (), trust_code).data, "val")
         rows = range(min(len(index), _IMAGES))
         return [predictor.fit(decode(index.read(row), index.path(row))) for row in rows], "validation images"
     except RaydetError:

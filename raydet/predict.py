@@ -327,16 +327,19 @@ class OnnxPredictor(Predictor):
         return results
 
 
-def load(path: str | Path, device: str | None = None, model: nn.Module | None = None) -> Predictor:
+def load(
+    path: str | Path, device: str | None = None, model: nn.Module | None = None, *, trust_code: bool = False
+) -> Predictor:
     """Load a checkpoint, the best one of a run, or what `raydet export` wrote.
 
     Args:
         path: of a checkpoint or run folder, or of an ONNX file.
         device: such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU. Of no meaning to an ONNX file.
         model: a detector of your own, where the checkpoint is of one.
+        trust_code: in its place, run the `package.module:function` that the checkpoint names as its model.
 
     Raises:
-        RaydetError: there is no checkpoint, or it is damaged.
+        RaydetError: there is no checkpoint, it is damaged, or it names code that is not trusted.
     """
     with opened(path) as local:
         if local.suffix == ".onnx":
@@ -346,7 +349,7 @@ def load(path: str | Path, device: str | None = None, model: nn.Module | None = 
                 raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
         folder = checkpoint.find(local)
         config = checkpoint.read_config(folder)
-        return Predictor(checkpoint.load_model(folder, config, model), config, pick_device(device))
+        return Predictor(checkpoint.load_model(folder, config, model, trust_code), config, pick_device(device))
 
 
 def shown_score(thresholds: Eval) -> float:

@@ -79,18 +79,6 @@ class Config:
     thresholds: Eval
     licence: str = ""
 
-    def build(self) -> Detector:
-        """Return the model, with weights of its own.
-
-        Raises:
-            RaydetError: the model is the user's own, and has no name or cannot be imported.
-        """
-        if not self.model:
-            raise RaydetError(
-                "this checkpoint is of a model that raydet does not know: build it, and pass it as model="
-            )
-        return build(self.model, len(self.class_names), self.image_size)
-
 
 def build(name: str, num_classes: int, image_size: tuple[int, int]) -> Detector:
     """Build a model by a name of raydet's, or by a user's `package.module:function` of the number of classes.
@@ -368,13 +356,28 @@ def config_of(content: Mapping[str, Any], name: str) -> Config:
         raise RaydetError(f"{name} is damaged: {error}") from None
 
 
-def load_model(folder: Path, config: Config, model: nn.Module | None = None) -> nn.Module:
-    """Return the model of a checkpoint, or load its weights into the given one; in evaluation mode, on the CPU.
+def load_model(folder: Path, config: Config, model: nn.Module | None = None, trust_code: bool = False) -> nn.Module:
+    """Return the model of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        folder: of the checkpoint.
+        config: of it.
+        model: gets the weights; None: what the checkpoint names is built.
+        trust_code: run the code that it names, where that is none of raydet's.
 
     Raises:
-        RaydetError: the weights are damaged, or of another model.
+        RaydetError: the weights are damaged or of another model, or the checkpoint names none, or code that is not
+            trusted or cannot be imported.
     """
-    model = model if model is not None else config.build()
+    if model is None:
+        if not config.model:
+            raise RaydetError(f"{folder} is of a model that raydet does not know: build it, and pass it as model=")
+        if is_own(config.model) and not trust_code:
+            raise RaydetError(
+                f"{folder / CONFIG} names code of its own as the model, {config.model}, and nothing of it was run: "
+                "pass the model as model=…, or, if you trust the code, trust_code=True (--trust-code)"
+            )
+        model = build(config.model, len(config.class_names), config.image_size)
     try:
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors and torch have many

@@ -181,6 +181,7 @@ def evaluate(
     *,
     recipe: str | None = None,
     model: nn.Module | None = None,
+    trust_code: bool = False,
     overrides: Sequence[str] = (),
     debug: bool = False,
     device: str | None = None,
@@ -194,6 +195,7 @@ def evaluate(
         path: of the checkpoint folder, run folder, weights file, or results JSON.
         recipe: of the data and, for a weights file, the model and the thresholds; None: that of the run.
         model: a detector of your own, where the checkpoint is of one.
+        trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
         overrides: `section.key=value`; those of `eval` go before the checkpoint's thresholds, `data.image_size` before
             its image size.
         debug: in this process, without Ray.
@@ -215,7 +217,7 @@ def evaluate(
             val_index = load_index(load_evaluated(local, recipe, overrides).data, "val")
             evaluation = read_results(local, val_index)
         else:
-            job, val_index = open_evaluation(local, recipe, model, overrides, say)
+            job, val_index = open_evaluation(local, recipe, model, overrides, say, trust_code)
             state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)
             evaluation = restored(val_index, state)
         metrics = evaluation.compute()
@@ -230,9 +232,10 @@ def open_evaluation(
     model: nn.Module | None,
     overrides: Sequence[str],
     say: Callable[[str], Any],
+    trust_code: bool = False,
 ) -> tuple[Job, Index]:
     """Return what measures a checkpoint, the best of a run or a weights file; arguments and errors as of `evaluate`."""
-    settings = load_evaluated(path, recipe, overrides)
+    settings = load_evaluated(path, recipe, overrides, trust_code)
     here = settings.scale.model_copy(update={"async_validation": False})
     settings = settings.model_copy(update={"scale": here})
     val_index = load_index(settings.data, "val")
@@ -247,7 +250,7 @@ def open_evaluation(
     config = replace(config, image_size=image_size_of(config, settings, overrides, say))
     data = settings.data.model_copy(update={"image_size": config.image_size})
     settings = settings.model_copy(update={"data": data, "eval": thresholds_of(config, overrides)})
-    base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model))
+    base = make_job(settings, None, val_index, model=checkpoint.load_model(source, config, model, trust_code))
     return replace(base, config=config), val_index
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+from torch import nn
 
 from raydet.data.index import Index
 from raydet.data.render import decode
@@ -16,12 +17,17 @@ from raydet.visualization import draw_boxes, grid
 SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
 
 
-def draw_validation(folder: Path, index: Index) -> Path:
+def draw_validation(folder: Path, index: Index, model: nn.Module | None = None) -> Path:
     """Draw the best checkpoint's detections on validation images beside the ground truth, and return the picture.
 
     The images are spread over the index; detections below a score of 0.3 are left out.
+
+    Args:
+        folder: of the run.
+        index: of the images.
+        model: a detector of the user's own, where the run is of one.
     """
-    predictor = load(folder)
+    predictor = load(folder, model=model)
     pictures = []
     count = min(SHOWN, len(index))
     for row in (number * len(index) // count for number in range(count)):

@@ -149,11 +149,20 @@ def make_job(
     return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 
 
-def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequence[str]) -> Recipe:
+def load_evaluated(
+    checkpoint_path: Path, recipe: str | None, overrides: Sequence[str], trust_code: bool = False
+) -> Recipe:
     """Return the recipe to evaluate a checkpoint, a run or a weights file with.
 
+    Args:
+        checkpoint_path: what is evaluated.
+        recipe: the user's own; None: that of the run.
+        overrides: `section.key=value`.
+        trust_code: the recipe of the run may name code that reads the data.
+
     Raises:
-        RaydetError: there is nothing at the path, or it does not say which recipe is its own.
+        RaydetError: there is nothing at the path, it does not say which recipe is its own, or that recipe names code
+            that is not trusted.
     """
     if not checkpoint_path.exists():
         raise RaydetError(f"{checkpoint_path}: no such file or folder")
@@ -161,7 +170,14 @@ def load_evaluated(checkpoint_path: Path, recipe: str | None, overrides: Sequenc
     if recipe is not None:
         return load_recipe(recipe, overrides)
     if checkpoint_path.is_dir() and (run / "recipe.yaml").is_file():
-        return load_recipe(run / "recipe.yaml", overrides)
+        settings = load_recipe(run / "recipe.yaml", overrides)
+        if is_own(settings.data.format) and not trust_code and "data.format" not in keys_given(overrides):
+            raise RaydetError(
+                f"{run / 'recipe.yaml'} names code of its own to read the data, {settings.data.format}, and nothing of "
+                "it was run: pass data.format=… or a --recipe of yours, or, if you trust the code, trust_code=True "
+                "(--trust-code)"
+            )
+        return settings
     raise RaydetError(
         f"{checkpoint_path} says neither its model nor its data: add --recipe, such as --recipe coco2017_yolox_s"
     )

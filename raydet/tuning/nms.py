@@ -84,6 +84,7 @@ def tune_nms(
     *,
     recipe: str | None = None,
     model: nn.Module | None = None,
+    trust_code: bool = False,
     overrides: Sequence[str] = (),
     objective: str = MAIN_METRIC,
     precision: float | None = None,
@@ -101,6 +102,7 @@ def tune_nms(
         path: of the checkpoint folder, run folder (its best one), or weights file, which nothing is stored in.
         recipe: of the data and, for a weights file, of the model; None: that of the run.
         model: a detector of your own, where the checkpoint is of one.
+        trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
         overrides: `section.key=value`.
         objective: what is to be highest, one of raydet.tuning.thresholds.OBJECTIVES.
         precision: only settings by which at least this share of the detections is right at IoU 0.50; None: any.
@@ -116,7 +118,7 @@ def tune_nms(
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
     with opened(path) as local:
-        job, index = open_evaluation(local, recipe, model, overrides, say)
+        job, index = open_evaluation(local, recipe, model, overrides, say, trust_code)
         source = checkpoint.find(local) if local.is_dir() else None
         file = _candidates(local if source is None else source, job, index, debug, device, verbose, say)
         candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)

@@ -265,9 +265,9 @@ def test_a_model_and_a_loss_of_one_s_own_by_name(demo, own_module):
     logged = metrics_of(result.folder)[0]
     parts = {name: logged[f"train/Doubled/{name}"] for name in ("iou", "obj", "cls")}
     assert logged["train/loss"] == pytest.approx(2 * (3 * parts["iou"] + parts["obj"] + parts["cls"]), rel=1e-5)
-    found = raydet.evaluate(result.folder, debug=True, device="cpu", say=lambda text: None)
+    found = raydet.evaluate(result.folder, trust_code=True, debug=True, device="cpu", say=lambda text: None)
     assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
-    assert raydet.load(result.folder).config.preprocessing.channels == "RGB"
+    assert raydet.load(result.folder, trust_code=True).config.preprocessing.channels == "RGB"
 
 
 @pytest.mark.parametrize(
