@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,6 +38,15 @@ def _image_size(value: Any) -> Any:
     if isinstance(sides, list | tuple) and any(isinstance(side, int) and (side <= 0 or side % 32) for side in sides):
         raise ValueError("each side must be a positive multiple of 32")
     return sides
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError("the folder of the run would lie outside storage")
+    if name and not path.name:
+        raise ValueError("the folder of the run would be storage itself")
+    return name
 
 
 class Section(BaseModel):
@@ -533,7 +543,9 @@ class Tune(Section):
 class Recipe(Section):
     """All settings of a training."""
 
-    name: str = Field("", description="of the run: its folder below `storage`; empty: the recipe's own name")
+    name: Annotated[str, AfterValidator(_inside)] = Field(
+        "", description="of the run: its folder below `storage`; empty: the recipe's own name"
+    )
     storage: str = Field("runs", description="folder of the runs: one that all nodes share, s3://… or gs://…")
     seed: int = Field(0, ge=0, description="of the weights, the order of the images and their augmentation")
     model: Model = Model()
@@ -585,6 +597,8 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RaydetError: there is no such recipe, or a key or value in it is wrong; the message names it.
     """
+    if isinstance(overrides, str):
+        raise RaydetError(f"overrides: {overrides!r} is one text, not a list: [{overrides!r}]")
     if isinstance(recipe, Recipe):
         tree, source = recipe.model_dump(mode="json"), "recipe"
     else:
@@ -707,7 +721,10 @@ def _validate(tree: Mapping[str, Any], source: str) -> Recipe:
                 given = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
                 problems.append(f"{key}.{problem['msg']}, not {given!r}")
             else:
-                problems.append(f"{key}: {problem['msg']}, not {problem['input']!r}")
+                # What is wrong with several settings of a section at once has all of the section for its input.
+                whole = problem["type"] == "value_error" and isinstance(problem["input"], Mapping | Section)
+                given = "" if whole else f", not {problem['input']!r}"
+                problems.append(f"{key}{': ' * bool(key)}{problem['msg']}{given}")
         raise RaydetError(f"{source}: {'; '.join(problems)}") from None
 
 

@@ -120,7 +120,7 @@ def train(
         RaydetError: something in the recipe, the data or the weights cannot work.
         KeyboardInterrupt: it was interrupted.
     """
-    settings = load_recipe(recipe, [*(_debug_overrides(recipe) if debug else ()), *overrides])
+    settings = load_recipe(_for_debugging(load_recipe(recipe)) if debug else recipe, overrides)
     mine = [callback for callback in callbacks if isinstance(callback, Pictures)]
     callbacks = [callback for callback in callbacks if callback not in mine]
     settings = _with_pictures(settings, mine)
@@ -300,18 +300,18 @@ def _with_pictures(recipe: Recipe, pictures: Sequence[Pictures]) -> Recipe:
     return recipe.model_copy(update={"track": track})
 
 
-def _debug_overrides(recipe: str | Path | Recipe) -> list[str]:
-    """Return what makes a recipe small enough to step through; the user's overrides go on top."""
-    settings = load_recipe(recipe)
-    batch = min(DEBUG_BATCH, settings.train.batch_size)
-    return [
+def _for_debugging(recipe: Recipe) -> Recipe:
+    """Return a recipe that is small enough to step through; the user's overrides go on top."""
+    batch = min(DEBUG_BATCH, recipe.train.batch_size)
+    small = [
         f"train.epochs={DEBUG_EPOCHS}",
         f"train.batch_size={batch}",
-        f"train.lr={settings.train.lr * batch / settings.train.batch_size}",
+        f"train.lr={recipe.train.lr * batch / recipe.train.batch_size}",
         "scale.num_workers=1",
         "scale.async_validation=false",
         "track.log_every=1",
     ]
+    return load_recipe(recipe, small)
 
 
 def _on_ray(

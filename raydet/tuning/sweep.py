@@ -95,7 +95,7 @@ def tune(
     if settings.scale.async_validation:  # whose results do not reach Ray Tune
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})
-    folder = settings.run_folder.with_name(settings.name + _SUFFIX)
+    folder = settings.run_folder.with_name(settings.run_folder.name + _SUFFIX)
     _open(folder, settings)
     space, watch, epochs = settings.tune.space, settings.eval.watch, settings.train.epochs
     if (folder / BEST).is_file():

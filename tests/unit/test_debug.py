@@ -139,6 +139,7 @@ def test_debugging_starts_over_beside_the_run_proper(demo):
     [
         (["data.root=/nowhere"], "data.root: /nowhere is not a folder; pass data.root=FOLDER"),
         (["data.val_images=none"], "found no COCO annotations of val with images"),
+        ("train.epochs=1", "overrides: 'train.epochs=1' is one text, not a list"),
         (["model.num_classes=3"], "model.num_classes is 3, but the data has 5 classes"),
         (["model.name=yolox_q"], "no model is named 'yolox_q'"),
         (["model.weights=coco"], "licence"),
@@ -146,8 +147,9 @@ def test_debugging_starts_over_beside_the_run_proper(demo):
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(demo, overrides, message):
+    given = overrides if isinstance(overrides, str) else [*demo, *overrides]
     with pytest.raises(RaydetError) as error:
-        train(demo, *overrides)
+        raydet.train("demo", overrides=given, debug=True, device="cpu", say=print)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -152,6 +152,11 @@ def test_image_size_is_one_number_or_two(value):
         ("loss=PPYoloELoss", "loss.name should be YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss"),
         ("loss=null", "loss.name should be "),
         ("train.warmup_steps=5", "warmup_epochs and warmup_steps are both set: set the other to 0"),
+        ("name=../../x", "name: Value error, the folder of the run would lie outside storage, not '../../x'"),
+        ("name=/tmp/x", "name: Value error, the folder of the run would lie outside storage, not '/tmp/x'"),
+        ("name=a/../../x", "name: Value error, the folder of the run would lie outside storage"),
+        ("name=..", "name: Value error, the folder of the run would lie outside storage"),
+        ("name=.", "name: Value error, the folder of the run would be storage itself"),
         ("train.epochs", "write section.key=value"),
         ("train.epochs=[", "not YAML"),
     ],
@@ -161,6 +166,45 @@ def test_wrong_overrides_are_refused_by_name(override, message):
         load("demo", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["train.warmup_steps=5"],
+            "train: Value error, warmup_epochs and warmup_steps are both set: set the other to 0",
+        ),
+        (
+            ["scale.gpu_share=0.5", "scale.num_workers=2"],
+            "scale: Value error, gpu_share below 1 needs num_workers: 1, as workers that exchange gradients need own "
+            "GPUs",
+        ),
+        (
+            ["scale.async_validation=true", "storage=s3://bucket/runs"],
+            "Value error, scale.async_validation needs a storage that all nodes share as a folder",
+        ),
+        (
+            ["track.visualize=[{phase: dusk}]"],
+            "track.visualize.0.phase: Input should be 'train' or 'valid', not 'dusk'",
+        ),
+        (["train=fast"], "train: Input should be a valid dictionary or instance of Train, not 'fast'"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named_without_their_whole_section(overrides, expected):
+    with pytest.raises(RaydetError) as error:
+        load("demo", overrides)
+    assert str(error.value) == f"recipe demo: {expected}"
+
+
+def test_overrides_are_a_list():
+    with pytest.raises(RaydetError, match=r"overrides: 'train.epochs=1' is one text, not a list: \['train.epochs=1'\]"):
+        load("demo", "train.epochs=1")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mine", "mine"), ("group/mine", "group/mine"), ("..mine", "..mine")])
+def test_a_run_lies_below_its_storage(name, folder, tmp_path):
+    assert load("demo", [f"storage={tmp_path}", f"name={name}"]).run_folder == tmp_path / folder
 
 
 @pytest.mark.parametrize(
