@@ -10,8 +10,9 @@ class RaydetError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return '; did you mean …?' with the known word nearest to `word`, or '' when none is near."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    by_letters = {entry.lower(): entry for entry in known}
+    near = get_close_matches(word.lower(), by_letters, n=1, cutoff=0.5)
+    return f"; did you mean {by_letters[near[0]]}?" if near else ""
 
 
 def user_error(error: BaseException | None) -> RaydetError | None:

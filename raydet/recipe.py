@@ -650,9 +650,12 @@ def describe(recipe: Recipe) -> str:
 
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
-    """Return a line for each setting in which two recipes differ, but for those that do not change the result."""
+    """Return a line for each setting in which two recipes differ, but for those that do not change the result.
+
+    The name is none of these: it is that of the folder, which may have been renamed.
+    """
     mine, other = _flat(ours.model_dump(mode="json")), _flat(theirs.model_dump(mode="json"))
-    harmless = ("scale.", "track.", "tune.", "data.root", "storage")
+    harmless = ("scale.", "track.", "tune.", "data.root", "storage", "name")
     return [
         f"{key}: {other.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
         for key in {**mine, **other}  # another loss has other arguments

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,7 +31,7 @@ from raydet.data.transforms import (
     VerticalFlip,
 )
 from raydet.errors import RaydetError, did_you_mean
-from raydet.evaluation import metric_names
+from raydet.evaluation import MAIN_METRIC, CocoEvaluation, metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
@@ -277,13 +278,26 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} is less than an image for each of scale.num_workers {most}")
     if batch % most and fewest == most:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {most} equally")
-    if recipe.eval.watch not in (names := metric_names(val_index)):
-        raise RaydetError(f"eval.watch: there is no metric {recipe.eval.watch}{did_you_mean(recipe.eval.watch, names)}")
+    _check_watch(recipe.eval.watch, val_index)
     if recipe.train.micro_batch_size is not None and getattr(recipe.loss, "obj_loss_fix", False):
         raise RaydetError(
             "train.micro_batch_size: with loss.obj_loss_fix the terms of the loss have different divisors, so that "
             "parts of a batch cannot be added up; set one of the two to null or false"
         )
+
+
+def _check_watch(watch: str, val_index: Index) -> None:
+    names = metric_names(val_index)
+    if watch not in names:
+        known = [*(name for name in names if not name.startswith("AP@")), "AP@0.50:0.95_{class}"]
+        raise RaydetError(
+            f"eval.watch: there is no metric {watch}{did_you_mean(watch, names)} (known: {', '.join(known)})"
+        )
+    # Of some classes, or of small, medium or large objects, the validation data may have none.
+    nothing = CocoEvaluation(val_index)
+    nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
+    if watch != MAIN_METRIC and watch not in nothing.compute():
+        raise RaydetError(f"eval.watch: the validation data has no objects that {watch} is measured on: watch another")
 
 
 def _weights(text: str) -> str | Path:

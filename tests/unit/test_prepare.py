@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from raydet.training.checkpoint import Progress, pack, write
 from raydet.training.launch import open_evaluation
 from raydet.training.loop import resized
 from raydet.training.prepare import make_job, open_run, train_samples, val_samples
+from tests.unit.test_metrics import evaluated
 
 
 @pytest.fixture
@@ -63,6 +65,14 @@ def test_another_run_under_the_same_name_is_refused(job, overrides, others, mess
     assert "choose another name" in str(error.value)
 
 
+def test_a_run_whose_folder_was_renamed_goes_on_under_its_new_name(job, tmp_path):
+    open_run(job("name=before"))
+    keep_a_checkpoint(job("name=before").folder)
+    job("name=before").folder.rename(job("name=after").folder)
+    open_run(job("name=after"))
+    assert load(tmp_path / "runs/after/recipe.yaml").name == "after"
+
+
 def test_a_run_needs_a_name_and_a_folder_that_can_be_made(job, tmp_path):
     with pytest.raises(RaydetError, match="name is empty"):
         open_run(replace(job(), recipe=Recipe()))
@@ -102,12 +112,47 @@ def test_ranks_that_cannot_share_the_batch_get_the_next_smaller_one_and_more_ste
         (["scale.num_workers=3"], "train.batch_size 8 cannot be shared by scale.num_workers 3 equally"),
         (["scale.num_workers=[1, 9]"], "train.batch_size 8 is less than an image for each of scale.num_workers 9"),
         (["eval.watch=mAP@50"], r"eval.watch: there is no metric mAP@50; did you mean mAP@0.50\?"),
+        (
+            ["eval.watch=map50"],
+            r"eval.watch: there is no metric map50; did you mean mAP@0.50\? \(known: mAP@0.50:0.95, ",
+        ),
+        (["eval.watch=best"], r"no metric best \(known: mAP@0.50:0.95, mAP@0.50, mAP@0.75, .*AP@0.50:0.95_{class}\)"),
         (["train.micro_batch_size=4", "loss.obj_loss_fix=true"], "train.micro_batch_size: with loss.obj_loss_fix"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(job, overrides, message):
     with pytest.raises(RaydetError, match=message):
         job(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("watch", "given"),
+    [
+        ("AP@0.50:0.95_ring", False),
+        ("AP@0.50:0.95_disc", True),
+        ("mAP@0.50:0.95_area=large", False),
+        ("AR@0.50:0.95_area=large", False),
+        ("mAP@0.50:0.95_area=medium", True),
+        ("F1@0.50", True),
+    ],
+)
+def test_a_metric_that_the_validation_data_has_no_objects_for_is_not_watched(demo, shapes, watch, given):
+    """It would be missing only after the first epoch."""
+    train, val = (load_coco(shapes / f"annotations/instances_{name}.json", shapes / name) for name in ("train", "val"))
+    kept = [
+        row
+        for row in range(len(val))
+        if 1 not in (one := val.annotations(row)).labels and (one.area <= 96**2).all() and len(one.labels)
+    ]
+    val = val.take(np.array(kept))
+    assert len(val) > 3
+    recipe = load("demo", [*demo, f"eval.watch={watch}"])
+    if given:
+        assert watch in evaluated(val, [np.empty((0, 6))] * len(val)).compute()
+        make_job(recipe, train, val)
+        return
+    with pytest.raises(RaydetError, match=r"eval.watch: the validation data has no objects that .* is measured on"):
+        make_job(recipe, train, val)
 
 
 def test_elastic_workers_need_not_share_the_batch_equally(job):
