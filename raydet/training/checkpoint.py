@@ -392,12 +392,29 @@ def find(path: Path) -> Path:
     Raises:
         RaydetError: there is none.
     """
+    if path.is_file():
+        raise RaydetError(_no_checkpoint(path))
+    if not path.exists():
+        raise RaydetError(f"{path}: no such file or folder")
     if (path / CONFIG).is_file():
         return path
     candidates = [folder for folder in path.glob("checkpoint_*") if (folder / CONFIG).is_file()]
     if not candidates:
         raise RaydetError(f"{path}: neither a checkpoint (no config.json in it) nor a run with checkpoints")
     return max(candidates, key=lambda folder: (_score(folder) or -1.0, position(folder), folder.name))
+
+
+def _no_checkpoint(file: Path) -> str:
+    """Return a line on a file in place of a checkpoint's folder: what to do."""
+    if (file.parent / CONFIG).is_file():
+        return f"{file} holds weights alone: give its folder, {file.parent}"
+    if file.suffix not in (".pth", ".pt", ".safetensors"):
+        return f"{file} is neither a checkpoint or run folder nor an ONNX file"
+    return (
+        f"{file} holds weights alone, without the names of the classes and the preprocessing: a training from them, "
+        f"raydet train RECIPE model.weights={file}, makes checkpoints that have both; "
+        f"raydet evaluate {file} --recipe RECIPE measures them"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

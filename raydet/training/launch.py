@@ -266,18 +266,29 @@ def run_evaluation(
 ) -> Any:
     """Run an evaluation's loop here or its worker on Ray, in a scratch folder; return what rank 0 returns.
 
+    The scratch folder is made in the recipe's storage, which all nodes share.
+
     Args:
         loop: called with the job, the world and a log.
         worker: the same on Ray.
         job: what is evaluated.
         debug, device, verbose, say: as of `evaluate`.
         then: called with the scratch folder at the end.
+
+    Raises:
+        RaydetError: the scratch folder cannot be made, or see `evaluate`.
     """
     streams = None, val_samples(job.recipe, job.val_index, job.config.preprocessing.resize)
     storage = None if is_uri(job.recipe.storage) else Path(job.recipe.storage).expanduser().resolve()
-    if storage is not None:
-        storage.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-") as scratch:
+    with contextlib.ExitStack() as stack:
+        try:
+            if storage is not None:
+                storage.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=storage, prefix=".evaluation-"))
+        except OSError as error:
+            raise RaydetError(
+                f"storage: {storage} cannot be written ({error.strerror}); storage=… names another folder"
+            ) from None
         job = replace(job, folder=Path(scratch))
         if debug:
             world = LocalWorld(job, *streams, device=pick_device(device))

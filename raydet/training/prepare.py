@@ -178,6 +178,8 @@ def load_evaluated(
                 "it was run: pass data.format=… or a --recipe of yours, or, if you trust the code, trust_code=True "
                 "(--trust-code)"
             )
+        if "storage" not in keys_given(overrides):  # that of the training, perhaps on another machine
+            settings = settings.model_copy(update={"storage": str(run)})
         return settings
     raise RaydetError(
         f"{checkpoint_path} says neither its model nor its data: add --recipe, such as --recipe coco2017_yolox_s"
@@ -293,10 +295,12 @@ def _check_watch(watch: str, val_index: Index) -> None:
         raise RaydetError(
             f"eval.watch: there is no metric {watch}{did_you_mean(watch, names)} (known: {', '.join(known)})"
         )
+    if watch == MAIN_METRIC:
+        return
     # Of some classes, or of small, medium or large objects, the validation data may have none.
     nothing = CocoEvaluation(val_index)
     nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
-    if watch != MAIN_METRIC and watch not in nothing.compute():
+    if watch not in nothing.compute():
         raise RaydetError(f"eval.watch: the validation data has no objects that {watch} is measured on: watch another")
 
 

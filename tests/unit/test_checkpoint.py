@@ -233,6 +233,24 @@ def test_the_average_is_that_of_weights_and_norm_statistics(tmp_path):
         torch.testing.assert_close(tensor, expected.to(tensor.dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weights.pth", r"weights.pth holds weights alone, .*raydet train RECIPE model\.weights=.*weights.pth"),
+        ("model.safetensors", r"model.safetensors holds weights alone: give its folder, .*test_a_file"),
+        ("photo.jpg", r"photo.jpg is neither a checkpoint or run folder nor an ONNX file"),
+        ("nothing", r"nothing: no such file or folder"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_says_what_to_do(name, message, tmp_path):
+    if name != "nothing":
+        (tmp_path / name).touch()
+    if name == "model.safetensors":
+        (tmp_path / "config.json").touch()
+    with pytest.raises(RaydetError, match=message):
+        checkpoint.find(tmp_path / name)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(RaydetError, match=r"neither a checkpoint .* nor a run"):
         checkpoint.find(tmp_path)

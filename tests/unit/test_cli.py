@@ -142,14 +142,16 @@ def test_predict_lists_what_it_could_not_read_and_fails_when_that_is_all(run, sh
         (["tune", "coco2017_yolox_s"], "tune.space is empty: say what to try"),
         (["tune-nms", "/nowhere"], "/nowhere: no such file or folder"),
         (["predict", "/nowhere", "{shapes}/val"], "/nowhere"),
+        (["predict", "weights.pth", "{shapes}/val"], "weights.pth holds weights alone"),
         (["predict", "/nowhere", "nothing.jpg"], "nothing.jpg: no such file or folder"),
-        (["batch-predict", "/nowhere", "{shapes}/val", "out"], "/nowhere: neither a checkpoint"),
+        (["batch-predict", "/nowhere", "{shapes}/val", "out"], "/nowhere: no such file or folder"),
         (["recipes", "coco2017_yolox_q"], "did you mean coco2017_yolox_"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line_and_exit_code_2(shapes, arguments, message, tmp_path):
     (shapes / "list.json").write_text("[1, 2]")
+    (tmp_path / "weights.pth").touch()
     done = raydet(*(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -1,6 +1,7 @@
 """Training and evaluation in this process, without Ray: what `--debug` runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -158,6 +159,23 @@ def test_evaluating_a_run_gives_what_its_training_found(debug_run):
     result, _ = debug_run
     found = raydet.evaluate(result.folder, debug=True, device="cpu", say=lambda text: None)
     assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+
+
+def test_a_run_that_was_copied_is_evaluated_where_it_is(debug_run, tmp_path):
+    """Where its training wrote is another machine's folder, which cannot be made here."""
+    result, _ = debug_run
+    copy = tmp_path / "copied"
+    shutil.copytree(result.folder, copy)
+    recipe = (copy / "recipe.yaml").read_text().replace(f"storage: {result.folder.parent}", "storage: /proc/elsewhere")
+    assert "/proc/elsewhere" in recipe
+    (copy / "recipe.yaml").write_text(recipe)
+    found = raydet.evaluate(copy, debug=True, device="cpu", say=lambda text: None)
+    assert {f"val/{name}": value for name, value in found.items()} == pytest.approx(result.metrics, abs=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["copied"]
+    (tmp_path / "file").touch()
+    for storage in ("/proc/elsewhere", tmp_path / "file"):
+        with pytest.raises(RaydetError, match=rf"^storage: {storage} cannot be written .*storage=… names another"):
+            raydet.evaluate(copy, overrides=[f"storage={storage}"], debug=True, device="cpu", say=lambda text: None)
 
 
 def test_a_weights_file_needs_a_recipe(tmp_path):
