@@ -19,11 +19,19 @@ _HOMES = {
     "tune": "raydet.tuning.sweep",
 }
 
+_MODULES = ("data", "errors", "losses", "metrics", "models", "postprocess", "recipe", "tracking", "visualization")
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch takes seconds, and the data tasks and `raydet --help` do without it."""
-    if name not in _HOMES:
+    if name not in (*_HOMES, *_MODULES):
         raise AttributeError(f"module 'raydet' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"raydet.{name}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *__all__, *_MODULES))

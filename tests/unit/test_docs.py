@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -111,6 +113,19 @@ def test_python_compiles_and_imports_what_there_is(block):
     compile(block, "block", "exec")
     imports = re.findall(r"^(?:from raydet\S* import .*|import raydet\S*)$", block, re.MULTILINE)
     exec("\n".join(imports), {})
+
+
+def test_what_the_pages_print_of_raydet_is_there_after_import_raydet():
+    """In a process of its own, which has imported none of it; nor has `import raydet` alone."""
+    printed = set(re.findall(r"\braydet\.([a-z_]+(?:\.[A-Z]\w+|\.[a-z_]+\()?)", "".join(TEXTS.values())))
+    printed = sorted(name.rstrip("(") for name in printed)
+    assert {"load", "metrics.DetectionMetrics", "models.get", "data.loader", "tracking"} <= set(printed)
+    reads = "\n".join(f"operator.attrgetter({name!r})(raydet)" for name in printed)
+    script = f"import operator, sys, raydet\nassert not {{'torch', 'cv2', 'ray'}} & set(sys.modules)\n{reads}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="module 'raydet' has no attribute 'nothing'"):
+        _ = raydet.nothing
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml")))
