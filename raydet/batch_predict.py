@@ -136,7 +136,7 @@ def batch_predict(
         say: takes each line of progress.
 
     Raises:
-        RaydetError: there are no images, `out` holds detections of others, or cannot be written.
+        RaydetError: a number is below 1, there are no images, `out` holds detections of others, or cannot be written.
     """
     import ray
     import ray.data
@@ -150,6 +150,9 @@ def batch_predict(
 
     if form not in FORMS:
         raise RaydetError(f"--format {form}: it is {' or '.join(FORMS)}")
+    for name, value in (("batch_size", batch_size), ("shard_images", shard_images), ("actors", actors)):
+        if value is not None and value < 1:
+            raise RaydetError(f"{name} is {value}: it must be at least 1")
     check_kept(out, "OUT")
     began = time.monotonic()
     with opened(checkpoint) as local:

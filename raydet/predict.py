@@ -78,8 +78,9 @@ class Detections:
         """Write the image with the boxes, in the format that the name's ending says.
 
         Raises:
-            RaydetError: it cannot be written.
+            RaydetError: it cannot be written, or would replace the image.
         """
+        _check_other(path, self.picture.name)
         write_picture(Path(path), self.draw_bgr())
 
     def show(self) -> None:
@@ -162,11 +163,14 @@ class Stream:
     def save(self, path: str | Path) -> None:
         """Write a video, .mp4, with the boxes on its frames: of the same size, and as many a second.
 
+        See `raydet.visualization.write_video` for odd sizes.
+
         Raises:
-            RaydetError: the source is no single video, or the file cannot be written.
+            RaydetError: the source is no single video, or the file cannot be written or would replace it.
         """
         if len(self.source.parts) != 1 or not self.source.videos:
             raise RaydetError(f"{path}: only the detections of one video are saved as a video")
+        _check_other(path, self.source.videos[0].name)
         write_video(Path(path), (found.draw_bgr() for found in self), self.source.videos[0].fps)
 
     def _read(self) -> Iterator[tuple[Picture, Image]]:
@@ -229,6 +233,8 @@ class Predictor:
 
         Arguments and errors are those of `predict`.
         """
+        if batch_size < 1:
+            raise RaydetError(f"batch_size is {batch_size}: it must be at least 1")
         opened = source if isinstance(source, Source) else open_source(source)
         return Stream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
 
@@ -350,6 +356,12 @@ def load(
         folder = checkpoint.find(local)
         config = checkpoint.read_config(folder)
         return Predictor(checkpoint.load_model(folder, config, model, trust_code), config, pick_device(device))
+
+
+def _check_other(path: str | Path, source: str) -> None:
+    """Raise RaydetError where a file would replace what was detected in."""
+    if Path(path).exists() and Path(source).exists() and Path(path).samefile(source):
+        raise RaydetError(f"{source} is what was detected in: save it under another name")
 
 
 def shown_score(thresholds: Eval) -> float:

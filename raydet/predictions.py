@@ -1,23 +1,31 @@
-"""Writes what is found in a source: pictures or a video with boxes, and COCO's results."""
+"""Writes what is found in a source: pictures or a video with boxes, and COCO's results.
+
+What is written into a folder is noted there: no file is replaced that is not raydet's.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+import cv2
 from rich.progress import track
 
 from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.predict import Stream
-from raydet.sources import IMAGE_SUFFIXES, Image, Source, open_source
-from raydet.visualization import write_video
+from raydet.sources import Image, Source, open_source
+from raydet.visualization import encode_picture, write_video
 
 RESULTS = "detections.json"
+NOTES = ".raydet-predict.jsonl"
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class Target:
 
     Attributes:
         source: the pictures, or one video.
-        names: of the pictures, below `out` and in the results; of a video its own.
+        names: what each picture, or the video, is called in the results.
+        files: what each is written as, below `out`.
         out: folder for all.
     """
 
     source: Source
     names: dict[str, str]
+    files: dict[str, str]
     out: Path
 
 
@@ -44,31 +54,101 @@ class Saved:
     summary: str
 
 
+class Notes:
+    """What was written into a folder, by name and checksum, in a file there.
+
+    Args:
+        folder: of the files.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._sums: dict[str, set[int]] = {}
+        if (folder / NOTES).is_file():
+            for line in (folder / NOTES).read_text().splitlines():
+                try:
+                    note = json.loads(line)
+                    self._sums.setdefault(note["file"], set()).add(note["crc32"])
+                except (ValueError, KeyError, TypeError):  # a line that was cut off
+                    continue
+
+    def has(self, name: str) -> bool:
+        """Is there a file of this name, as it was written?"""
+        path = self._folder / name
+        return name in self._sums and path.is_file() and _checksum(path) in self._sums[name]
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, and note it first: a process that is killed leaves none that is not noted.
+
+        Raises:
+            RaydetError: it cannot be written.
+        """
+        self.note(name, zlib.crc32(content))
+        Store(self._folder).write(name, content)
+
+    def note(self, name: str, checksum: int) -> None:
+        """Note a file that is about to be there."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / NOTES).open("a") as file:
+                file.write(json.dumps({"file": name, "crc32": checksum}) + "\n")
+        except OSError as error:
+            raise RaydetError(f"{self._folder}: cannot be written ({error.strerror})") from None
+
+
 def open_target(source: str, out: Path) -> Target:
-    """Return what a source of the command line is; pictures in `out`, which an earlier call drew, are none of it.
+    """Return what a source of the command line is; pictures that an earlier call drew into `out` are none of it.
 
     Raises:
-        RaydetError: there is nothing to detect in, or `out` would replace it.
+        RaydetError: there is nothing to detect in, or a file would be replaced that is not raydet's.
     """
     is_camera = source.isdecimal() and not Path(source).exists()
     opened = open_source(int(source) if is_camera else source)
+    notes = Notes(out)
     if opened.videos or is_uri(source):
         name = opened.videos[0].name if opened.videos else source
-        own = PurePosixPath(urlsplit(name).path if is_uri(name) else name).name or "image"
-        if not is_uri(name) and (out / own).with_suffix(".mp4").resolve() == Path(name).resolve():
-            raise RaydetError(f"--out {out} is the folder of the video, which the one with boxes would replace")
-        return Target(replace(opened, is_single=False), {name: own}, out)
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
-    while any(letter in str(root) for letter in "*?["):
-        root = root.parent
-    pictures = [picture for part in opened.parts for picture in part]
-    if out.resolve() == root.resolve():
-        raise RaydetError(f"--out {out} is the folder of the images, which the pictures would replace")
-    pictures = [picture for picture in pictures if out.resolve() not in Path(picture.name).resolve().parents]
-    if not pictures:
-        raise RaydetError(f"{source}: no images in it but those in {out}, which are raydet's own")
-    names = {picture.name: Path(picture.name).relative_to(root).as_posix() for picture in pictures}
-    return Target(replace(opened, parts=(pictures,), is_single=False), names, out)
+        names = {name: PurePosixPath(urlsplit(name).path if is_uri(name) else name).name or "image"}
+        if opened.videos:
+            files = {name: PurePosixPath(names[name]).with_suffix(".mp4").as_posix()}
+        else:
+            files = picture_files(names)
+    else:
+        root = Path(source) if Path(source).is_dir() else Path(source).parent
+        while any(letter in str(root) for letter in "*?["):
+            root = root.parent
+        pictures = [picture for part in opened.parts for picture in part]
+        pictures = [picture for picture in pictures if not notes.has(_in_folder(out, picture.name))]
+        if not pictures:
+            raise RaydetError(f"{source}: no images in it but those in {out}, which are raydet's own")
+        names = {picture.name: _below(root, Path(picture.name)) or Path(picture.name).name for picture in pictures}
+        files = picture_files(names)
+        if twice := [file for file, count in Counter(files.values()).items() if count > 1]:
+            raise RaydetError(f"{source}: two of the images would be written as {twice[0]}: give the folder of all")
+        opened = replace(opened, parts=(pictures,))
+    strange = [
+        (name, file)
+        for name, file in [*files.items(), (source, RESULTS)]
+        if os.path.lexists(out / file) and not notes.has(file)
+    ]
+    if strange:
+        name, file = strange[0]
+        raise RaydetError(
+            f"--out {out}: {file} is there and is not raydet's, and what is found in {name} would replace it"
+            f"{f', as {len(strange) - 1} others' * (len(strange) > 1)}: name another folder"
+        )
+    return Target(replace(opened, is_single=False), names, files, out)
+
+
+def picture_files(names: Mapping[str, str]) -> dict[str, str]:
+    """Return what pictures are written as: by their own names, with .jpg for a suffix that cannot be written."""
+    files = {key: name for key, name in names.items() if cv2.haveImageWriter(PurePosixPath(name).name)}
+    taken = set(files.values())
+    for key, name in names.items():
+        if key not in files:
+            file = PurePosixPath(name).with_suffix(".jpg").as_posix()
+            files[key] = file if file not in taken else f"{name}.jpg"
+            taken.add(files[key])
+    return {key: files[key] for key in names}
 
 
 def save(stream: Stream, target: Target) -> Saved:
@@ -81,26 +161,30 @@ def save(stream: Stream, target: Target) -> Saved:
     """
     results: list[dict[str, Any]] = []
     images = 0
+    notes = Notes(target.out)
     if videos := stream.source.videos:
-        name = target.names[videos[0].name]
-        path = (target.out / name).with_suffix(".mp4")
-        images = write_video(path, _frames(stream, name, results), videos[0].fps)
-        summary = f"{len(results)} detections in {images} frames; {path.name} and {RESULTS} in {target.out}"
+        name, file = target.names[videos[0].name], target.files[videos[0].name]
+        images = write_video(
+            target.out / file,
+            _frames(stream, name, results),
+            videos[0].fps,
+            lambda written: notes.note(file, _checksum(written)),
+        )
+        summary = f"{len(results)} detections in {images} frames; {file} and {RESULTS} in {target.out}"
     else:
         stems = [Path(name).stem for name in target.names.values()]
         is_numbered = len({int(stem) for stem in stems if stem.isdecimal()}) == len(stems)
         numbers = {name: number for number, name in enumerate(target.names, start=1)}
         for found in track(stream, "detecting", total=len(numbers)):
-            name = target.names[found.picture.name]
-            path = target.out / name
-            found.save(path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_suffix(".jpg"))
-            image_id = int(path.stem) if is_numbered else numbers[found.picture.name]
+            name, file = target.names[found.picture.name], target.files[found.picture.name]
+            notes.write(file, encode_picture(target.out / file, found.draw_bgr()))
+            image_id = int(Path(name).stem) if is_numbered else numbers[found.picture.name]
             results += [{**entry, "file_name": name} for entry in found.to_coco(image_id)]
             images += 1
         summary = f"{len(results)} detections in {images} images; pictures and {RESULTS} in {target.out}"
     if stream.failed:
         summary += f"; {len(stream.failed)} could not be read"
-    Store(target.out).write(RESULTS, json.dumps(results).encode())
+    notes.write(RESULTS, json.dumps(results).encode())
     return Saved(images, stream.failed, summary)
 
 
@@ -114,3 +198,22 @@ def _frames(stream: Stream, name: str, results: list[dict[str, Any]]) -> Iterato
     except KeyboardInterrupt:
         if not video.is_camera:
             raise
+
+
+def _below(folder: Path, path: Path) -> str | None:
+    """Return a path relative to a folder; None: it is not below it."""
+    inner, outer = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return inner.relative_to(outer).as_posix() if inner.is_relative_to(outer) else None
+
+
+def _in_folder(folder: Path, path: str) -> str:
+    """Return the name below a folder of a file there, whatever links lead to it; empty: it is elsewhere."""
+    return _below(folder.resolve(), Path(path).parent.resolve() / Path(path).name) or ""
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
+    return checksum

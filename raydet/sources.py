@@ -124,19 +124,26 @@ def open_source(source: Any) -> Source:
     if isinstance(source, str | Path):
         return _open_path(str(source))
     if isinstance(source, PIL.Image.Image):
+        _check_pixels("Image", source.width * source.height)
         return Source(([Picture("image", partial(_from_pil, source))],), is_single=True)
     if isinstance(source, torch.Tensor) and source.ndim == 4:
         return open_source(list(source))
     image = source.detach().cpu().permute(1, 2, 0).numpy() if _is_chw(source) else source
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return Source(([Picture("image", partial(_from_rgb, image))],), is_single=True)
     given = type(source).__name__
     if isinstance(source, np.ndarray | torch.Tensor):
         given += f" of {source.dtype} {list(source.shape)}"
+        _check_pixels(given, image.size if isinstance(image, np.ndarray) else image.numel())
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Source(([Picture("image", partial(_from_rgb, image))],), is_single=True)
     raise RaydetError(
         f"cannot detect in {given}: give paths, PIL images, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W] or "
         "[B, 3, H, W] with values 0 to 255, in RGB"
     )
+
+
+def _check_pixels(given: str, pixels: int) -> None:
+    if not pixels:
+        raise RaydetError(f"cannot detect in {given}: it has no pixels")
 
 
 def image_files(source: str | Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.boxes import cxcywh_to_xyxy
+from raydet.data.render import letterbox
 from raydet.errors import RaydetError
+
+logger = logging.getLogger(__name__)
 
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
@@ -265,13 +269,28 @@ class DetectionVisualization:
         return pictures
 
 
+def encode_picture(path: Path, picture: Image) -> bytes:
+    """Return a picture as a file's content, in the format that the ending of the file's name says.
+
+    Raises:
+        RaydetError: there is no such format, or it does not hold so large a picture.
+    """
+    if not cv2.haveImageWriter(path.name):
+        raise RaydetError(f"{path}: a picture is written in the format that its name ends with, such as .jpg or .png")
+    done, encoded = cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    if not done:
+        height, width = picture.shape[:2]
+        raise RaydetError(f"{path}: a picture of {width}x{height} pixels cannot be written as {path.suffix}; .png may")
+    return encoded.tobytes()
+
+
 def write_picture(path: Path, picture: Image) -> None:
     """Write a picture, in the format that the name's ending says.
 
     Raises:
         RaydetError: it cannot be written.
     """
-    encoded = cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1].tobytes()
+    encoded = encode_picture(path, picture)
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,8 +300,19 @@ def write_picture(path: Path, picture: Image) -> None:
         raise RaydetError(f"{path}: the picture cannot be written ({error.strerror})") from None
 
 
-def write_video(path: Path, frames: Iterable[Image], fps: float) -> int:
-    """Write frames, uint8 [H, W, 3] BGR and all of one size, as a video in MPEG-4, and return how many there were.
+def write_video(
+    path: Path, frames: Iterable[Image], fps: float, then: Callable[[Path], Any] = lambda written: None
+) -> int:
+    """Write frames, uint8 [H, W, 3] BGR, as a video in MPEG-4, and return how many there were.
+
+    The video has the size of the first frame; frames of another size are fitted into it. MPEG-4 takes even sides only
+    from OpenCV: an odd one gets a column or a row more, the last one again. A warning says both.
+
+    Args:
+        path: of the video.
+        frames: at least one.
+        fps: frames a second.
+        then: called with the file when it is whole, before it gets its name.
 
     Raises:
         RaydetError: the name does not end with .mp4, there are no frames, or it cannot be written.
@@ -291,20 +321,29 @@ def write_video(path: Path, frames: Iterable[Image], fps: float) -> int:
         raise RaydetError(f"{path}: videos are written as .mp4")
     partial = path.with_name(f".{path.stem}.partial.mp4")
     writer: cv2.VideoWriter | None = None
-    count = 0
+    count = others = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for frame in frames:
             if writer is None:
-                size = frame.shape[1], frame.shape[0]
+                height, width = frame.shape[:2]
+                odd = height % 2, width % 2
+                size = width + odd[1], height + odd[0]
+                if any(odd):
+                    logger.warning("%s: %dx%d pixels, as MPEG-4 has no odd sides", path, *size)
                 writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
                 if not writer.isOpened():
                     raise RaydetError(f"{path}: the video cannot be written")
-            writer.write(frame)
-            count += 1
+            is_other = frame.shape[:2] != (height, width)
+            fitted = letterbox(frame, (height, width), "pad_centre") if is_other else frame
+            writer.write(cv2.copyMakeBorder(fitted, 0, odd[0], 0, odd[1], cv2.BORDER_REPLICATE))
+            count, others = count + 1, others + is_other
         if writer is None:
             raise RaydetError(f"{path}: the video has no frames")
+        if others:
+            logger.warning("%s: %d of %d frames had another size and are fitted into it", path, others, count)
         writer.release()
+        then(partial)
         partial.replace(path)
     except OSError as error:
         raise RaydetError(f"{path}: the video cannot be written ({error.strerror})") from None

@@ -117,6 +117,8 @@ def tune_nms(
     Raises:
         RaydetError: something in the checkpoint, the recipe or the data cannot work.
     """
+    if trials < 1:
+        raise RaydetError(f"trials is {trials}: it must be at least 1")
     with opened(path) as local:
         job, index = open_evaluation(local, recipe, model, overrides, say, trust_code)
         source = checkpoint.find(local) if local.is_dir() else None

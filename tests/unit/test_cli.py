@@ -106,7 +106,7 @@ def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tm
         (tmp_path / name).write_bytes(encoded.tobytes())
     done = raydet("predict", folder, tmp_path, "--out", tmp_path)
     assert done.returncode == 2
-    assert "which the pictures would replace" in done.stderr
+    assert "1.png is there and is not raydet's" in done.stderr
     for _ in range(2):
         done = raydet("predict", folder, tmp_path, "--out", tmp_path / "out", "--score", "0", "--device", "cpu")
         assert "in 2 images" in done.stdout

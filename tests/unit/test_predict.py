@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from raydet import models, predict
+from raydet.batch_predict import batch_predict
 from raydet.data.batch import local_eval_batches
 from raydet.data.coco import load_coco
 from raydet.data.samples import Samples
@@ -21,11 +23,12 @@ from raydet.data.transforms import Letterbox
 from raydet.errors import RaydetError
 from raydet.models import Preprocessing
 from raydet.predict import Detections, Found, Predictor, Stream, pick_device
-from raydet.predictions import open_target, save
+from raydet.predictions import NOTES, open_target, picture_files, save
 from raydet.recipe import Eval
 from raydet.sources import image_files
 from raydet.training.checkpoint import Config
 from raydet.training.evaluate import post_prediction, run
+from raydet.visualization import write_picture, write_video
 
 NAMES = ("person", *(f"class {number}" for number in range(1, 80)))
 CONFIG = Config(
@@ -155,6 +158,9 @@ def test_every_kind_of_many_images(predictor, photo, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        (np.zeros((0, 5, 3), np.uint8), r"ndarray of uint8 \[0, 5, 3\]: it has no pixels"),
+        (torch.zeros(3, 0, 0, dtype=torch.uint8), r"Tensor of torch.uint8 \[3, 0, 0\]: it has no pixels"),
+        (PIL.Image.new("RGB", (0, 4)), r"cannot detect in Image: it has no pixels"),
         (np.zeros((4, 4, 3), np.float32), r"cannot detect in ndarray of float32 \[4, 4, 3\]"),
         (np.zeros((4, 4), np.uint8), r"ndarray of uint8 \[4, 4\]"),
         (torch.zeros(3, 4, 4), r"Tensor of torch.float32 \[3, 4, 4\].* values 0 to 255"),
@@ -230,6 +236,28 @@ def test_detections_are_drawn_and_saved(predictor, photo, tmp_path):
     assert (found.draw() != found.image).any()
 
 
+@pytest.mark.parametrize("name", ["o.xyz", "o", "o.jfif"])
+def test_a_picture_in_an_unknown_format_is_refused(predictor, photo, tmp_path, name):
+    with pytest.raises(RaydetError, match=rf"{name}: a picture is written in the format .* such as \.jpg or \.png"):
+        predictor.predict(photo[0]).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_its_format_does_not_hold_is_refused(tmp_path):
+    """Of JPEG: 65500 pixels a side. An empty file was written."""
+    with pytest.raises(RaydetError, match=r"wide\.jpg: .* 70000x4 pixels cannot be written as \.jpg"):
+        write_picture(tmp_path / "wide.jpg", np.zeros((4, 70000, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_at_least_an_image_is_detected_in_at_once(predictor, photo, batch_size):
+    with pytest.raises(RaydetError, match=f"batch_size is {batch_size}: it must be at least 1"):
+        predictor.predict([photo[0]], batch_size=batch_size)
+    with pytest.raises(RaydetError, match=f"batch_size is {batch_size}: it must be at least 1"):
+        batch_predict("nowhere", str(photo[0].parent), "out", batch_size=batch_size)
+
+
 @pytest.fixture
 def broken(photo, tmp_path):
     """A folder with three photographs, of which the second is cut off."""
@@ -255,7 +283,7 @@ def test_what_is_saved_of_a_folder_with_a_broken_file(predictor, broken, tmp_pat
     saved = save(predictor.stream(target.source), target)
     assert (saved.images, list(saved.failed)) == (2, [str(broken / "2.jpg")])
     assert saved.summary.endswith("; 1 could not be read")
-    assert sorted(os.listdir(tmp_path / "out")) == ["1.jpg", "3.jpg", "detections.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [NOTES, "1.jpg", "3.jpg", "detections.json"]
     results = json.loads((tmp_path / "out/detections.json").read_text())
     assert {(entry["image_id"], entry["file_name"]) for entry in results} == {(1, "1.jpg"), (3, "3.jpg")}
 
@@ -299,6 +327,129 @@ def test_a_video_goes_in_and_comes_out(predictor, clip, tmp_path):
         predictor.predict(clip).save(tmp_path / "found.gif")
 
 
+def tree(folder):
+    """Content of all files below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def photos(photo, tmp_path):
+    """Folders of photographs, two of which have one of the same name."""
+    pixels = cv2.resize(cv2.imread(str(photo[0])), (96, 96))
+    for number, name in enumerate(("photos/a/1.jpg", "photos/b/1.jpg", "photos/b/2.jpg", "photos/c/deep/3.jpg")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), pixels + number)
+    return tmp_path / "photos"
+
+
+def found_in(predictor, source, out):
+    """Names of the results and number of images of a call of the command line."""
+    target = open_target(str(source), out)
+    saved = save(predictor.stream(target.source, 0.01), target)
+    results = json.loads((out / "detections.json").read_text())
+    assert {entry["file_name"] for entry in results} <= set(target.names.values())
+    return sorted(target.names.values()), saved.images
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [("a/1.jpg", "b"), ("a", "b"), ("a/*.jpg", "b"), ("b", "b"), (".", "."), ("b/2.jpg", "b"), ("*/1.jpg", ".")],
+)
+def test_no_original_is_replaced(predictor, photos, source, out):
+    """A picture with boxes goes where a photograph lies: nothing is written, and the photograph is named."""
+    before = tree(photos)
+    with pytest.raises(RaydetError, match=r"--out .*: [a-z0-9/]*\.jpg .* is not raydet's.* name another folder"):
+        found_in(predictor, photos / source, photos / out)
+    assert tree(photos) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "expected"),
+    [
+        ("photos", ".", ["a/1.jpg", "b/1.jpg", "b/2.jpg", "c/deep/3.jpg"]),
+        ("photos/*/*.jpg", "photos/a/found", ["a/1.jpg", "b/1.jpg", "b/2.jpg"]),
+        ("photos/**/*.jpg", "photos/c", ["a/1.jpg", "b/1.jpg", "b/2.jpg", "c/deep/3.jpg"]),
+        ("photos", "photos/a", ["a/1.jpg", "b/1.jpg", "b/2.jpg", "c/deep/3.jpg"]),
+        ("photos/a/../b/*.jpg", "out", ["1.jpg", "2.jpg"]),
+        ("photos/a/*/../../b/../../photos/b/2.jpg", "out", ["2.jpg"]),
+    ],
+)
+def test_every_image_that_is_meant_is_detected_in_also_those_in_out(
+    predictor, photos, source, out, expected, monkeypatch
+):
+    """And again: the pictures of the first time are raydet's own, which are replaced and not detected in."""
+    monkeypatch.chdir(photos.parent)
+    (photos / "a/x").mkdir()
+    before = tree(photos)
+    for _ in range(2):
+        assert found_in(predictor, source, Path(out)) == (expected, len(expected))
+        assert {name: content for name, content in tree(photos).items() if name in before} == before
+        assert all((Path(out) / name).is_file() for name in expected)
+
+
+def test_links_lead_to_the_same_pictures_and_no_two_images_share_a_file(predictor, photos, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(photos)
+    for _ in range(2):
+        assert found_in(predictor, tmp_path / "link/b", photos / "b/found") == (["1.jpg", "2.jpg"], 2)
+    monkeypatch.chdir(photos / "c")
+    with pytest.raises(RaydetError, match=r"two of the images would be written as 1\.jpg"):
+        open_target("*/../../[ab]/1.jpg", tmp_path / "out")
+
+
+@pytest.mark.parametrize("changed", ["1.jpg", "detections.json"])
+def test_what_was_put_in_the_place_of_a_picture_of_raydet_s_is_kept(predictor, photos, changed, tmp_path):
+    out = tmp_path / "out"
+    found_in(predictor, photos / "a", out)
+    (out / changed).write_bytes(b"mine")
+    with pytest.raises(RaydetError, match=f"{changed} is there and is not raydet's"):
+        found_in(predictor, photos / "a", out)
+    assert (out / changed).read_bytes() == b"mine"
+
+
+def test_pictures_of_images_that_differ_in_their_suffix_have_names_of_their_own():
+    """OpenCV writes no .jfif, and a picture of an address may have no suffix at all."""
+    names = ["1.jfif", "1.jpg", "2.jfif", "a/3", "a/3.PNG"]
+    files = picture_files({f"photos/{name}": name for name in names})
+    assert list(files.values()) == ["1.jfif.jpg", "1.jpg", "2.jpg", "a/3.jpg", "a/3.PNG"]
+
+
+@pytest.mark.parametrize("saves", ["image", "video"])
+def test_the_image_or_video_itself_is_not_replaced(predictor, photo, clip, saves, tmp_path):
+    source = tmp_path / ("clip.mp4" if saves == "video" else "photo.jpg")
+    source.write_bytes((clip if saves == "video" else photo[0]).read_bytes())
+    before = tree(tmp_path)
+    with pytest.raises(RaydetError, match=f"{source} is what was detected in: save it under another name"):
+        predictor.predict(source).save(tmp_path / "." / source.name)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [((161, 121), (162, 122)), ((160, 121), (160, 122)), ((160, 120), (160, 120))]
+)
+def test_a_video_keeps_its_size_but_for_odd_sides(size, kept, tmp_path, caplog):
+    """The encoder takes even sides only: a column or a row more, not one less."""
+    frame = np.zeros((size[1], size[0], 3), np.uint8)
+    frame[:, -8:] = 255
+    frame[-8:, :] = 255
+    assert write_video(tmp_path / "odd.mp4", iter([frame] * 3), 5) == 3
+    assert properties(tmp_path / "odd.mp4") == [3, 5, *kept]
+    last = cv2.VideoCapture(str(tmp_path / "odd.mp4")).read()[1]
+    assert last[-4:, -4:].min() > 200
+    assert last[:-12, :-12].max() < 60
+    assert (f"{kept[0]}x{kept[1]}" in caplog.text) == (size != kept)
+
+
+def test_frames_of_another_size_are_fitted_into_that_of_the_first_and_counted(tmp_path, caplog):
+    frames = [np.full((*shape, 3), 200, np.uint8) for shape in ((120, 160), (60, 160), (240, 320), (120, 160))]
+    assert write_video(tmp_path / "mixed.mp4", iter(frames), 5) == 4
+    assert properties(tmp_path / "mixed.mp4") == [4, 5, 160, 120]
+    video = cv2.VideoCapture(str(tmp_path / "mixed.mp4"))
+    read = [video.read()[1].astype(int) for _ in frames]
+    assert [int(image[60, 80].mean().round(-1)) for image in read] == [200] * 4
+    assert [int(image[5, 80].mean().round(-1)) for image in read] == [200, 110, 200, 200], "with grey above it"
+    assert "2 of 4 frames" in caplog.text
+
+
 def test_what_is_saved_of_a_video(predictor, clip, tmp_path):
     target = open_target(str(clip), tmp_path)
     saved = save(predictor.stream(target.source), target)
@@ -306,8 +457,12 @@ def test_what_is_saved_of_a_video(predictor, clip, tmp_path):
     assert properties(tmp_path / "clip.mp4") == properties(clip)
     results = json.loads((tmp_path / "detections.json").read_text())
     assert {entry["image_id"] for entry in results} <= set(range(1, 22))
-    with pytest.raises(RaydetError, match="is the folder of the video"):
+    before = clip.read_bytes()
+    with pytest.raises(RaydetError, match=r"clip\.mp4 is there and is not raydet's"):
         open_target(str(clip), clip.parent)
+    assert clip.read_bytes() == before
+    again = open_target(str(clip), tmp_path)
+    assert save(predictor.stream(again.source), again).images == 21
 
 
 def test_files_are_found_below_a_folder(tmp_path):
