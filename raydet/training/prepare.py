@@ -39,6 +39,7 @@ from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences, key
 from raydet.recipe import load as load_recipe
 from raydet.tracking.pictures import check_pictures
 from raydet.training.checkpoint import Config, build, find, read_json
+from raydet.training.norms import check_norms
 from raydet.training.run import Job
 
 
@@ -146,6 +147,7 @@ def make_job(
     if train_index is not None:
         criterion = _check_loss(loss if loss is not None else _make_loss(recipe, family, model))
         check_pictures(recipe, criterion, model, names)
+        check_norms(recipe, model)
     train_images = len(train_index) if train_index is not None else 0
     return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
 

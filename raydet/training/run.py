@@ -79,13 +79,17 @@ class Job:
         if step == 0:  # the largest first: what does not fit into the memory should not be found out after hours
             low = high
         drawn = np.random.default_rng((self.recipe.seed, _SIZES, step // augment.multiscale_every))
-        longer = 32 * int(drawn.integers(low // 32, high // 32 + 1))
-        return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
+        return scaled(size, 32 * int(drawn.integers(low // 32, high // 32 + 1)))
 
     def validates_after(self, position: int, batch_size: int) -> bool:
         """Is a validation due after the step that ends here? A step may span several epochs of a small data set."""
         every, epoch = self.recipe.eval.every, self.epoch_of(position)
         return epoch == self.recipe.train.epochs or epoch // every > self.epoch_of(position - batch_size) // every
+
+
+def scaled(size: tuple[int, int], longer: int) -> tuple[int, int]:
+    """Return the (height, width) near a size with another longer side, both multiples of 32."""
+    return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
 
 
 class World(Protocol):

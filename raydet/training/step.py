@@ -191,11 +191,10 @@ class Step:
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(batch.images)
-        size = self._settings.micro_batch_size or count
-        if size >= count:
+        size = part_size(count, self._settings.micro_batch_size)
+        if size == count:
             yield batch.images, batch.targets
             return
-        size = -(-count // -(-count // size))  # parts of about the same size: norms cannot learn from a single image
         for first in range(0, count, size):
             within = (batch.targets[:, 0] >= first) & (batch.targets[:, 0] < first + size)
             targets = batch.targets[within]
@@ -205,6 +204,16 @@ class Step:
     def _together(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange their gradients in the last part only."""
         return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+
+def part_size(count: int, most: int | None) -> int:
+    """Return how many images of a worker's share each part of a step has, the last perhaps less.
+
+    Args:
+        count: images of the share.
+        most: images of a part, None: any; parts are of about the same size, as norms cannot learn from a single image.
+    """
+    return count if most is None else -(-count // -(-count // most))
 
 
 class _Made(NamedTuple):

@@ -8,6 +8,7 @@ from raydet.data.coco import load_coco
 from raydet.data.formats import load_index
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
+from raydet.models import get
 from raydet.recipe import Recipe, describe, load
 from raydet.training.checkpoint import Progress, pack, write
 from raydet.training.launch import open_evaluation
@@ -153,6 +154,85 @@ def test_a_metric_that_the_validation_data_has_no_objects_for_is_not_watched(dem
         return
     with pytest.raises(RaydetError, match=r"eval.watch: the validation data has no objects that .* is measured on"):
         make_job(recipe, train, val)
+
+
+LOSSES = {
+    "yolox_n": "YoloXFastDetectionLoss",
+    "ppyoloe_s": "PPYoloELoss",
+    "yolo_nas_s": "PPYoloELoss",
+    "ssd_lite_mobilenet_v2": "SSDLoss",
+}
+
+
+def of_family(name, *overrides):
+    return [f"model.name={name}", f"loss.name={LOSSES[name]}", *overrides]
+
+
+@pytest.mark.parametrize("side", [32, 64, 320, 544])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_single_image_at_a_time_is_refused_where_a_norm_would_see_one_value_a_channel(job, name, side):
+    """Which is where the model itself fails in its first step."""
+    if side > 64 and not name.startswith("ssd"):
+        return
+    fails = False
+    try:
+        get(name, 5, image_size=(side, side)).train()(torch.rand(1, 3, side, side))
+    except ValueError as error:
+        fails = "more than 1 value per channel" in str(error)
+    single = of_family(name, f"data.image_size={side}", "train.batch_size=1")
+    if fails:
+        with pytest.raises(RaydetError, match=rf"train.batch_size 1 .* at {side}x{side} pixels .* one value a channel"):
+            job(*single)
+    else:
+        job(*single)
+    job(*single, "train.batch_size=2")
+    assert fails == (side == 32 or (name.startswith("ssd") and side < 512))
+
+
+SMALL_IMAGES = "data.image_size=32"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=1"], "set train.batch_size to at least 2, or"),
+        (
+            ["train.batch_size=4", "scale.num_workers=4"],
+            "set train.batch_size to at least 8 or scale.num_workers lower, or",
+        ),
+        (["train.batch_size=5", "scale.num_workers=[1, 3]"], "set train.batch_size to at least 6 or scale.num_workers"),
+        (["train.batch_size=8", "train.micro_batch_size=1"], "set train.micro_batch_size to 2, or"),
+        (["train.batch_size=5", "train.micro_batch_size=2"], "set train.micro_batch_size to 3, or"),
+        (["train.batch_size=3", "train.micro_batch_size=2"], "set train.micro_batch_size to 3, or"),
+        (["train.batch_size=1", "augment.multiscale=[32, 96]"], r"or augment\.multiscale larger"),
+    ],
+)
+def test_the_keys_that_cure_a_norm_of_one_value_are_named(job, overrides, message):
+    size = [] if any("multiscale" in key for key in overrides) else [SMALL_IMAGES]
+    with pytest.raises(RaydetError, match=message):
+        job(*size, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.batch_size=4", "train.micro_batch_size=2"],
+        ["train.batch_size=7", "train.micro_batch_size=4"],
+        ["train.batch_size=4", "scale.num_workers=4", "train.sync_bn=true"],
+        ["train.batch_size=1", "train.backbone_lr=0", "train.neck_lr=0", "train.head_lr=1", "data.image_size=128"],
+    ],
+)
+def test_several_values_a_channel_are_enough(job, overrides):
+    job(SMALL_IMAGES, *overrides)
+
+
+def test_norms_that_are_frozen_may_see_a_single_value(job):
+    """SSD's neck makes the maps of one cell; the head has no norm on them."""
+    frozen = ["train.backbone_lr=0", "train.neck_lr=0"]
+    single = of_family("ssd_lite_mobilenet_v2", "data.image_size=320", "train.batch_size=1")
+    with pytest.raises(RaydetError, match="the model's norm neck"):
+        job(*single)
+    job(*single, *frozen)
 
 
 def test_elastic_workers_need_not_share_the_batch_equally(job):
