@@ -1,4 +1,4 @@
-"""Refuses a training whose norms would see one value a channel, which has no variance: torch fails in the first step."""
+"""Refuses a training whose norms would see one value a channel, which has no variance: its first step would fail."""
 
 from __future__ import annotations
 
@@ -74,8 +74,7 @@ def _norm_of_one_value(recipe: Recipe, model: nn.Module, size: tuple[int, int]) 
     for name, module in probe.named_modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(look(name))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # Torch refuses such a norm; of whatever else fails, the first step tells.
-        with contextlib.suppress(Exception):
-            probe(torch.zeros(1, 3, *size))
+    # Torch refuses such a norm; of whatever else fails, the first step tells.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
+        probe(torch.zeros(1, 3, *size))
     return found[0] if found else None
