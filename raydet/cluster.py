@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from raydet.data.store import is_uri
 from raydet.errors import RaydetError
 from raydet.recipe import Scale
+
+_ANSWER_S = 10.0  # for a cluster to answer; Ray would try for many minutes
 
 
 def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
@@ -18,14 +22,22 @@ def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
         scale: what will run there.
         verbose: let Ray print what its workers print.
         groups: of such workers, at once.
+
+    Raises:
+        RaydetError: RAY_ADDRESS names no cluster, or one that does not answer.
     """
     import ray
 
     if ray.is_initialized():
         return False
     options = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address not in ("", "local"):
+        _check_answers(address)
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RaydetError(f"RAY_ADDRESS {address}: {str(error).strip().splitlines()[0]}") from error
         return True
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes one's own machine away
     # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
@@ -33,6 +45,61 @@ def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
     workers = groups * (scale.workers[1] + scale.async_validation) * (scale.cpus_per_worker or 1)
     ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
     return True
+
+
+def _check_answers(address: str) -> None:
+    """Raise RaydetError where Ray would wait for a cluster that is not there: for minutes, with words of its own.
+
+    In a thread: the name of a host may be looked up for a minute, and a signal is to end the command at once.
+    """
+    found: list[str | None] = ["does not answer"]
+    thread = threading.Thread(target=lambda: found.append(_why_unreachable(address)), daemon=True)
+    thread.start()
+    thread.join(_ANSWER_S)
+    if found[-1] is not None:
+        raise RaydetError(f"RAY_ADDRESS {address} {found[-1]}; unset it to start Ray on this machine")
+
+
+def _why_unreachable(address: str) -> str | None:
+    """Return what is wrong with an address of Ray's; None: a cluster answers there, or only Ray can tell."""
+    from ray._private import services
+    from ray._raylet import parse_address  # type: ignore[attr-defined]
+
+    scheme, mark, rest = address.rpartition("://")
+    if scheme in ("http", "https"):
+        return "is the address of a job server: send it the job with ray job submit, or give the cluster's, host:port"
+    if mark and (scheme != "ray" or ":" not in rest):
+        return None
+    try:
+        place = parse_address(rest if mark else services.canonicalize_bootstrap_address(address))
+    except ConnectionError:
+        return "finds no cluster on this machine: ray start --head starts one"
+    except ValueError:
+        place = None
+    if place is None or not place[0] or not place[1].isdecimal():
+        return "is none of host:port, ray://host:port, auto and local"
+    return _why_silent(*place)
+
+
+def _why_silent(host: str, port: str) -> str | None:
+    """Return why no cluster can be talked to at a place; None: one can."""
+    import grpc
+    from ray._private import ray_constants
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._raylet import build_address  # type: ignore[attr-defined]
+
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S / 2).close()
+    except (OSError, OverflowError) as error:
+        return f"cannot be reached ({getattr(error, 'strerror', None) or error})"
+    channel = init_grpc_channel(build_address(host, port), ray_constants.GLOBAL_GRPC_OPTIONS)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+    except grpc.FutureTimeoutError:
+        return "is that of something else than a cluster of Ray"
+    finally:
+        channel.close()
+    return None
 
 
 def prepare_tune() -> None:

@@ -1,12 +1,20 @@
 """What workers and data tasks get of a cluster. Its nodes are Ray's records, made by hand: no machine here has GPUs."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent import futures
 
+import grpc
 import pytest
 import ray
+from ray._private import services
 from ray._private.state import state
 
-from raydet.cluster import check_kept, share_of_cluster, workers_on
+from raydet.cluster import _why_unreachable, check_kept, connect, share_of_cluster, workers_on
 from raydet.errors import RaydetError
 from raydet.recipe import Scale
 
@@ -87,6 +95,99 @@ def test_what_would_wait_for_ever_is_refused(on, scale, message):
     on(GPU_NODE, DATA_NODE)
     with pytest.raises(RaydetError, match=message):
         workers_on(Scale(**scale))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def silent():
+    """A port that takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+UNREACHABLE = {
+    "foo": r"RAY_ADDRESS foo is none of host:port, ray://host:port, auto and local",
+    "foo:port": r"is none of host:port",
+    ":6379": r"is none of host:port",
+    "no-such-host.invalid:6379": r"cannot be reached \(.*[Nn]ame",
+    "127.0.0.1:{free}": r"cannot be reached \(Connection refused\); unset it to start Ray on this machine",
+    "127.0.0.1:99999": r"cannot be reached",
+    "ray://127.0.0.1:{free}": r"cannot be reached \(Connection refused\)",
+    "http://127.0.0.1:8265": r"is the address of a job server: send it the job with ray job submit",
+    "auto": r"finds no cluster on this machine: ray start --head starts one",
+}
+
+
+@pytest.mark.parametrize("address", UNREACHABLE)
+def test_a_cluster_that_is_not_there_is_one_line(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", given := address.format(free=free_port()))
+    # Where this test runs, others may run Ray.
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
+    began = time.monotonic()
+    with pytest.raises(RaydetError, match=UNREACHABLE[address]) as error:
+        connect(Scale(), verbose=False)
+    assert time.monotonic() - began < 15
+    assert given in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not ray.is_initialized()
+
+
+def test_a_port_that_says_nothing_is_given_up_soon_and_sigterm_ends_the_wait_at_once(silent):
+    script = (
+        "from raydet.cluster import connect\nfrom raydet.recipe import Scale\nimport ray\n"
+        "print('ready', flush=True)\ntry: connect(Scale(), False)\nexcept Exception as error: print(error, flush=True)"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{silent}"}
+    waiting = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for _ in range(2)
+    ]
+    for process in waiting:
+        assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    time.sleep(2)
+    waiting[0].terminate()
+    assert waiting[0].wait(2) == -signal.SIGTERM
+    said, _ = waiting[1].communicate(timeout=20)
+    assert time.monotonic() - began < 15
+    assert f"RAY_ADDRESS 127.0.0.1:{silent} " in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_whatever_speaks_ray_s_protocol_is_left_to_ray(scheme):
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    try:
+        assert _why_unreachable(f"{scheme}127.0.0.1:{port}") is None
+        assert _why_unreachable(f"{scheme}localhost:{port}") is None
+    finally:
+        server.stop(None)
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_no_address_is_this_machine(address, monkeypatch):
+    given = {}
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    assert connect(Scale(num_workers=3, cpus_per_worker=5), verbose=False)
+    assert given["address"] == "local"
+    assert given["num_cpus"] > 15
 
 
 @pytest.mark.parametrize(
