@@ -573,9 +573,15 @@ class Recipe(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Absolute path of the run's folder, or of this machine's copy of it."""
+        """Absolute path of the run's folder, or of this machine's copy of it.
+
+        Raises:
+            RaydetError: the run has no name.
+        """
         from raydet.mirror import local_folder
 
+        if not self.name:
+            raise RaydetError("name is empty: the run needs one, which its folder gets")
         if (address := self.run_address) is not None:
             return local_folder(address)
         return Path(self.storage).expanduser().resolve() / self.name

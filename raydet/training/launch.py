@@ -9,13 +9,15 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from raydet.claim import LOCK, claimed
 from raydet.cluster import check_kept, connect, label_selector, workers_on
 from raydet.data.formats import load_index
 from raydet.data.index import Index
@@ -135,10 +137,37 @@ def train(
     if debug:
         train_index, val_index = train_index.head(DEBUG_IMAGES), val_index.head(DEBUG_IMAGES)
     job = make_job(settings, train_index, val_index, model, loss)
-    folder = job.folder
-    if debug:
-        shutil.rmtree(folder, ignore_errors=True)
-    address = None if debug else settings.run_address
+    resize = job.config.preprocessing.resize
+    streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
+    with claimed(job.folder, "raydet train"):
+        if debug:
+            _clear(job.folder)
+            return _train(job, streams, problems, device=pick_device(device), say=say)
+        return _train(job, streams, problems, callbacks=callbacks, verbose=verbose, live=live, say=say)
+
+
+def _train(
+    job: Job,
+    streams: tuple[Samples, Samples],
+    problems: Mapping[str, Problems],
+    *,
+    device: torch.device | None = None,
+    callbacks: Sequence[Any] = (),
+    verbose: bool = False,
+    live: bool = False,
+    say: Callable[[str], Any],
+) -> Result:
+    """Train in the run's folder, which is this command's alone.
+
+    Args:
+        job: the training.
+        streams: samples to train and to validate on.
+        problems: what of each split cannot be used.
+        device: to train on in this process; None: on Ray.
+        callbacks, verbose, live, say: see `train`.
+    """
+    folder, settings = job.folder, job.recipe
+    address = settings.run_address if device is None else None
     mirror = Mirror(folder, address)
     mirror.refresh()
     open_run(job)
@@ -149,10 +178,8 @@ def train(
 
     (folder / STOP).unlink(missing_ok=True)
     RunLog(folder, echo=say).left_out(problems)
-    resize = job.config.preprocessing.resize
-    streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
-    if debug:
-        world = LocalWorld(job, *streams, device=pick_device(device))
+    if device is not None:
+        world = LocalWorld(job, *streams, device=device)
         world.show_first_batch(say)
         log = RunLog(folder, echo=say)
         with tracked(job, log, rank=0):
@@ -297,6 +324,15 @@ def run_evaluation(
             result = _on_ray(worker, job, streams, verbose, say)
         then(job.folder)
         return result
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a folder, but for the lock, which is held."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _with_pictures(recipe: Recipe, pictures: Sequence[Pictures]) -> Recipe:

@@ -224,8 +224,6 @@ def open_run(job: Job) -> None:
         RaydetError: the folder has checkpoints of a run with other settings, data, model or loss, or cannot be made.
     """
     folder, recipe = job.folder, job.recipe
-    if not recipe.name:
-        raise RaydetError("name is empty: the run needs one, which its folder gets")
     inputs = {
         "model": type(job.model).__qualname__,
         "loss": type(job.criterion).__qualname__,

@@ -22,6 +22,7 @@ import ray
 from ray import tune as ray_tune
 from torch import nn
 
+from raydet.claim import claimed
 from raydet.cluster import check_kept, connect, prepare_tune, share_of_cluster
 from raydet.data.formats import load_index
 from raydet.data.index import Index
@@ -38,6 +39,7 @@ from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, from_
 
 BEST, TRIALS = "best_recipe.yaml", "trials.json"
 _SUFFIX = "-tune"
+_ENDING_S = 60.0  # for the processes of a driver that was killed
 _NOTES = "ray"  # Ray Tune's folder in that of the sweep, while it is not finished
 _OWN = ("name", "storage", "tune.", "scale.", "track.", "eval.watch")
 
@@ -96,20 +98,29 @@ def tune(
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})
     folder = settings.run_folder.with_name(settings.run_folder.name + _SUFFIX)
+    with claimed(folder, "raydet tune"):
+        own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
+        return _sweep(settings, folder, own, verbose, live, say)
+
+
+def _sweep(
+    settings: Recipe, folder: Path, own: dict[str, Any], verbose: bool, live: bool, say: Callable[[str], Any]
+) -> Sweep:
+    """Run a sweep in its folder, which is this command's alone; `own`: arguments of `raydet.train`."""
     _open(folder, settings)
     space, watch, epochs = settings.tune.space, settings.eval.watch, settings.train.epochs
     if (folder / BEST).is_file():
         trials = from_json((folder / TRIALS).read_text())
         return Sweep(folder, folder / BEST, trials, [], finished_before=True)
     problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
-    own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
-    train_index = train_data if train_data is not None else load_index(settings.data, "train", problems["train"])
-    val_index = val_data if val_data is not None else load_index(settings.data, "val", problems["val"])
+    train_index, val_index = own["train_data"], own["val_data"]
+    train_index = train_index if train_index is not None else load_index(settings.data, "train", problems["train"])
+    val_index = val_index if val_index is not None else load_index(settings.data, "val", problems["val"])
     loaded = {**own, "train_data": train_index, "val_data": val_index}
     for split, found in problems.items():
         if found.messages:
             say(f"{len(found.messages)} records of the {split} data cannot be used, such as: {found.messages[0]}")
-    make_job(settings, train_index, val_index, model, loss)  # raises what each trial would
+    make_job(settings, train_index, val_index, own["model"], own["loss"])  # raises what each trial would
 
     prepare_tune()
     with ExitStack() as stack:
@@ -169,6 +180,8 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     recipe = recipe.model_copy(update={"name": name, "tune": Tune()})
     same_data = recipe.data.model_copy(update={"image_size": base.data.image_size}) == base.data
     folder = recipe.run_folder
+    with claimed(folder, "raydet tune", _ENDING_S):  # a driver that was killed leaves trials that end soon
+        pass
     if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
         shutil.rmtree(folder)  # of a sweep that was killed before it had noted this trial
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +235,6 @@ def _check_space(settings: Recipe) -> None:
 
 def _open(folder: Path, settings: Recipe) -> None:
     """Make the sweep's folder, or check that it is of the same sweep."""
-    if not settings.name:
-        raise RaydetError("name is empty: the sweep needs one, which its folder gets")
     told = folder / "recipe.yaml"
     if told.is_file():
         earlier = load_recipe(told)

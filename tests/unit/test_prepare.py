@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -76,7 +74,7 @@ def test_a_run_whose_folder_was_renamed_goes_on_under_its_new_name(job, tmp_path
 
 def test_a_run_needs_a_name_and_a_folder_that_can_be_made(job, tmp_path):
     with pytest.raises(RaydetError, match="name is empty"):
-        open_run(replace(job(), recipe=Recipe()))
+        _ = Recipe(storage=str(tmp_path)).run_folder
     (tmp_path / "file").write_text("")
     with pytest.raises(RaydetError, match=r"storage: .* cannot be made or written"):
         open_run(job(f"storage={tmp_path}/file"))
