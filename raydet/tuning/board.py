@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from rich.live import Live
 
 from raydet.data.store import Store
 from raydet.errors import user_error
 from raydet.recipe import Space
-from raydet.tuning.trials import ERROR, Trial, drawn, error_of, folder_name, short, table
+from raydet.tuning.trials import ERROR, Trial, drawn, folder_name, read_trial, short, table
 
 _STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "waiting", "ERROR": "failed"}
 _shown: list[Board] = []
@@ -23,8 +24,8 @@ def _of_this_process() -> Board:
     return _shown[-1]
 
 
-class Board(tune.Callback):  # type: ignore[misc]
-    """A callback of Ray Tune, and a context manager; one at a time.
+class Board(TrialProgressCallback):  # type: ignore[misc]
+    """A callback of Ray Tune, in place of its own that prints lines, and a context manager; one at a time.
 
     Args:
         space: of the sweep.
@@ -44,9 +45,11 @@ class Board(tune.Callback):  # type: ignore[misc]
         say: Callable[[str], Any],
         folder: Path,
     ):
+        super().__init__()
         self._space, self._watch, self._epochs, self._say, self._folder = space, watch, epochs, say, folder
         self._live = Live(auto_refresh=False, transient=True) if live else None
         self._drawn: list[Trial] = []
+        self._ended: dict[str, Trial] = {}  # by name
         self._stack = ExitStack()
 
     def __enter__(self) -> Board:
@@ -73,15 +76,17 @@ class Board(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Say what it has measured."""
-        value = result.get(f"val/{self._watch}")
-        line = f"{folder_name(trial.trial_id)}: epoch {result.get('epoch', 0)}/{self._epochs}"
-        self._tell(line if value is None else f"{line}  {self._watch} {value:.4f}  ({self._count(trials)})")
+        name, value = folder_name(trial.trial_id), result.get(f"val/{self._watch}")
+        line = f"{name}: epoch {result.get('epoch', 0)}/{self._epochs}"
+        self._tell(
+            line if value is None else f"{line}  {self._watch} {value:.4f}  ({self._count(trials, name, value)})"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that it has ended."""
-        name, epoch = folder_name(trial.trial_id), self._trial(trial).epoch
-        error = error_of(self._folder / name)
-        self._tell(f"{name} failed: {error}" if error else f"{name}: {self._ended(epoch)} after epoch {epoch}")
+        ended = self._of_folder(trial)
+        failed = f"{ended.name} failed: {ended.error}"
+        self._tell(failed if ended.error else f"{ended.name}: {ended.state} after epoch {ended.epoch}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that it starts again."""
@@ -105,20 +110,29 @@ class Board(tune.Callback):  # type: ignore[misc]
         if self._live is None:
             self._say(line)
 
-    def _count(self, trials: Sequence[Any]) -> str:
-        best = min(map(self._trial, trials), key=lambda trial: -(trial.value or 0))
+    def _count(self, trials: Sequence[Any], name: str, value: float) -> str:
+        """Return what is known of all, after a value that Ray Tune has not taken note of yet."""
+        values = [(one.value or 0, one.name) for one in map(self._trial, trials)]
+        best, whose = max([*values, (value, name)], key=lambda entry: entry[0])
         states = [trial.status for trial in trials]
         done = sum(state in ("TERMINATED", "ERROR") for state in states)
-        return f"best so far {best.value or 0:.4f} of {best.name}; {states.count('RUNNING')} running, {done} done"
+        return f"best so far {best:.4f} of {whose}; {states.count('RUNNING')} running, {done} done"
 
     def _trial(self, trial: Any) -> Trial:
+        if trial.status not in _STATES:
+            return self._of_folder(trial)
+        name, values = folder_name(trial.trial_id), drawn(self._space, trial.config)
         epoch = int((trial.last_result or {}).get("epoch", 0))
         value = trial.metric_analysis.get(f"val/{self._watch}", {}).get("max")
-        state = _STATES.get(trial.status) or self._ended(epoch)
-        return Trial(folder_name(trial.trial_id), drawn(self._space, trial.config), state, epoch, value)
+        return Trial(name, values, _STATES[trial.status], epoch, value)
 
-    def _ended(self, epoch: int) -> str:
-        return "finished" if epoch >= self._epochs else "stopped early"
+    def _of_folder(self, trial: Any) -> Trial:
+        """Return a trial that has ended as its folder shows it; Ray Tune may have missed its last results."""
+        name = folder_name(trial.trial_id)
+        if name not in self._ended:
+            found = read_trial(self._folder / name, self._watch)
+            self._ended[name] = replace(found, values=drawn(self._space, trial.config))
+        return self._ended[name]
 
 
 def _error(trial: Any) -> str:

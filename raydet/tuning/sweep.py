@@ -31,11 +31,12 @@ from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
+from raydet.training import checkpoint
 from raydet.training.launch import train
 from raydet.training.prepare import make_job
 from raydet.tuning.board import Board
 from raydet.tuning.pictures import draw
-from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, from_json, read_trials, to_json
+from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, from_json, read_trial, read_trials, to_json
 
 BEST, TRIALS = "best_recipe.yaml", "trials.json"
 _SUFFIX = "-tune"
@@ -187,14 +188,22 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     folder.mkdir(parents=True, exist_ok=True)
     Store(folder).write(VALUES, (json.dumps(values) + "\n").encode())
     (folder / ERROR).unlink(missing_ok=True)
+    trained = _position(folder)
     try:
-        result = train(recipe, **(loaded if same_data else own), callbacks=[TuneReportCallback()], say=_nothing)
+        train(recipe, **(loaded if same_data else own), callbacks=[TuneReportCallback()], say=_nothing)
     except RaydetError as error:  # no new start would cure it
         Store(folder).write(ERROR, str(error).encode())
         return
-    if result.finished_before:  # between its end and the note of it, the sweep was killed
-        key = f"val/{recipe.eval.watch}"
-        ray_tune.report({key: result.metrics.get(key, math.nan), "epoch": recipe.train.epochs})
+    if _position(folder) == trained:  # it was at its end, and the sweep was killed before it had noted that
+        found = read_trial(folder, recipe.eval.watch)
+        value = found.value if found.value is not None else math.nan
+        ray_tune.report({f"val/{recipe.eval.watch}": value, "epoch": found.epoch})
+
+
+def _position(folder: Path) -> int:
+    """Return the samples that a trial has been trained on."""
+    last, _ = checkpoint.latest(folder)
+    return checkpoint.position(last) if last is not None else 0
 
 
 def _anywhere(settings: Recipe) -> Recipe:

@@ -52,22 +52,18 @@ def drawn(space: Mapping[str, Space], config: Mapping[str, Any]) -> dict[str, An
 
 def read_trials(folder: Path, watch: str) -> list[Trial]:
     """Return the trials in a sweep's folder whose training has ended, the best first."""
-    trials = []
-    for values in folder.glob(f"trial_*/{VALUES}"):
-        run = values.parent
-        lines = read_metrics(run)
-        measured = [line[f"val/{watch}"] for line in lines if f"val/{watch}" in line]
-        error = error_of(run)
-        state = "failed" if error else "finished" if (run / SUMMARY).is_file() else "stopped early"
-        epoch = int(max((line["epoch"] for line in lines), default=0))
-        value = max(measured, default=None)
-        trials.append(Trial(run.name, json.loads(values.read_text()), state, epoch, value, error))
-    return sorted(trials, key=_rank)
+    return sorted((read_trial(values.parent, watch) for values in folder.glob(f"trial_*/{VALUES}")), key=_rank)
 
 
-def error_of(run: Path) -> str:
-    """Return why a trial failed; empty: it has not."""
-    return (run / ERROR).read_text() if (run / ERROR).is_file() else ""
+def read_trial(run: Path, watch: str) -> Trial:
+    """Return a trial whose training has ended, from its folder: what a process knew of it may have died with it."""
+    values = json.loads((run / VALUES).read_text()) if (run / VALUES).is_file() else {}
+    lines = read_metrics(run)
+    measured = [line[f"val/{watch}"] for line in lines if f"val/{watch}" in line]
+    error = (run / ERROR).read_text() if (run / ERROR).is_file() else ""
+    state = "failed" if error else "finished" if (run / SUMMARY).is_file() else "stopped early"
+    epoch = int(max((line["epoch"] for line in lines), default=0))
+    return Trial(run.name, values, state, epoch, max(measured, default=None), error)
 
 
 def table(trials: Sequence[Trial], watch: str, epochs: int, rows: int) -> Table:

@@ -59,6 +59,7 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     said = []
     sweep = raydet.tune("yolox_n_finetune", overrides=overrides, say=said.append)
     assert f"going on with the sweep in {folder}" in said
+    assert not any("after epoch 0" in line for line in said)
     assert started <= {folder / trial.name for trial in sweep.trials}
     tried = [(trial.values["loss.iou_weight"], trial.values["loss.cls_weight"]) for trial in sweep.trials]
     assert sorted(tried) == [(1, 1), (1, 3), (1000, 1), (1000, 3)]

@@ -1,14 +1,23 @@
 """A sweep, but for Ray: what it may try, how draws become settings, its table and its pictures."""
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from ray.tune.integration import ray_train
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.utils.callback import _create_default_callbacks
 from rich.console import Console
 
+from raydet.cluster import prepare_tune
 from raydet.errors import RaydetError
-from raydet.recipe import Recipe, Space, load, override
+from raydet.models import Preprocessing, get
+from raydet.recipe import Eval, Recipe, Space, load, override
+from raydet.training.checkpoint import Config, Progress, pack, write
+from raydet.tuning import sweep
+from raydet.tuning.board import Board
 from raydet.tuning.pictures import COORDINATES, IMPORTANCE, _correlation_ratio, _ranks, draw
 from raydet.tuning.sweep import _domain, _open, _scheduler, tune
 from raydet.tuning.trials import (
@@ -166,6 +175,86 @@ def make_trials(folder):
             (run / ERROR).write_text("x")
         if finished:
             (run / SUMMARY).write_text("{}")
+
+
+class RayTrial(SimpleNamespace):
+    """What Ray Tune knows of a trial, made by hand."""
+
+    def __init__(self, number, status, last_result=None):
+        super().__init__(
+            trial_id=f"1f3a_{number:05}",
+            status=status,
+            last_result=last_result or {},
+            metric_analysis={},
+            config={"train.lr": 0},
+        )
+
+
+@pytest.fixture
+def board(tmp_path):
+    make_trials(tmp_path)
+    said = []
+    with Board({"train.lr": Space(choice=[0.1])}, "mAP@0.50", 2, False, said.append, tmp_path) as shown:
+        yield shown, said
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (0, "trial_00000: finished after epoch 2"),
+        (1, "trial_00001: stopped early after epoch 1"),
+        (2, "trial_00002 failed: x"),
+    ],
+)
+def test_the_end_of_a_trial_is_what_its_folder_says(board, number, line, capsys):
+    """After a kill -9, Ray Tune has not heard of the results of a trial that had finished."""
+    shown, said = board
+    trial = RayTrial(number, "RUNNING")
+    shown.on_trial_complete(0, [trial], trial)
+    assert said == [line]
+    assert capsys.readouterr().out == "", "and nothing of Ray's"
+
+
+def test_the_best_so_far_counts_the_value_that_has_just_come(board):
+    shown, said = board
+    trials = [RayTrial(0, "TERMINATED"), RayTrial(7, "RUNNING")]
+    for value, best in ((0.1, "0.3000 of trial_00000"), (0.4, "0.4000 of trial_00007")):
+        shown.on_trial_result(0, trials, trials[1], {"epoch": 1, "val/mAP@0.50": value})
+        assert said[-1] == f"trial_00007: epoch 1/2  mAP@0.50 {value:.4f}  (best so far {best}; 1 running, 1 done)"
+
+
+def test_ray_tune_adds_no_lines_of_its_own(board):
+    shown, _ = board
+    prepare_tune()
+    added = _create_default_callbacks([shown])
+    assert [callback for callback in added if isinstance(callback, TrialProgressCallback)] == [shown]
+
+
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_a_trial_that_was_at_its_end_reports_it(demo, tmp_path, monkeypatch, trains_on):
+    """Killed between its end and the note of it. The workers of one that trains on report themselves."""
+    base = load("demo", [*demo, f"storage={tmp_path}", "tune.space={loss.iou_weight: {choice: [2]}}"])
+    folder = tmp_path / "trial_00000"
+    folder.mkdir()
+    model = get("yolox_n", 5)
+    lines = [{"step": 5 * epoch, "epoch": epoch, "val/mAP@0.50:0.95": 0.4 - epoch / 10} for epoch in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def keep(epoch):
+        config = Config("yolox_n", tuple("abcde"), (1, 2, 3, 4, 5), (96, 96), Preprocessing(), Eval())
+        files = pack(config, model, {"model": model.state_dict()}, Progress(40 * epoch), epoch, {})
+        write(folder / f"checkpoint_{epoch:06d}", files)
+
+    keep(1)
+    if not trains_on:
+        keep(2)
+    reported = []
+    context = SimpleNamespace(get_trial_id=lambda: "1f3a_00000")
+    monkeypatch.setattr(sweep, "ray_tune", SimpleNamespace(get_context=lambda: context, report=reported.append))
+    monkeypatch.setattr(ray_train, "TuneReportCallback", lambda: None)
+    monkeypatch.setattr(sweep, "train", lambda *args, **given: keep(2) if trains_on else None)
+    sweep.run_trial({"loss.iou_weight": 0}, base, {}, {})
+    assert reported == ([] if trains_on else [{"val/mAP@0.50:0.95": pytest.approx(0.3), "epoch": 2}])
 
 
 def test_trials_are_read_from_their_folders_the_best_first(tmp_path):
