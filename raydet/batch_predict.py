@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.boxes import xyxy_to_xywh
+from raydet.data.parquet import read_parquet
 from raydet.data.store import Store
 from raydet.errors import RaydetError, user_error
 
@@ -350,7 +351,7 @@ def _finish(job: _Job, parts: int, form: str) -> int:
     is_numbered = len({int(stem) for stem in stems if stem.isdecimal()}) == len(stems)
     columns = None if form == "coco" else ["file", "error"]
     for number in range(parts):
-        table = pq.read_table(pa.BufferReader(job.out.read(_name(number))), columns=columns)
+        table = read_parquet(job.out.read(_name(number)), columns)
         if table["file"].to_pylist() != list(job.part(number)):
             path = job.out.path(_name(number))
             raise RaydetError(f"{path}: its images are not those that belong there; delete it, and start again")

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.data.index import Index, shard_name
+from raydet.data.parquet import read_parquet
 from raydet.data.problems import OnError, Problems
 from raydet.data.render import decode
 from raydet.data.scan import THREADS, present
@@ -332,7 +333,7 @@ class _Job:
         name, annotations = shard_name(number), self.index.take(np.array(rows, np.int64)).table.select(_ANNOTATIONS)
         self.out.write(name, _encode(annotations, images, self.index))
         content = self.out.read(name)
-        if not pq.read_table(pa.BufferReader(content), columns=_ANNOTATIONS).equals(annotations):
+        if not read_parquet(content, _ANNOTATIONS).equals(annotations):
             raise RaydetError(f"{self.out.path(name)}: what was read back is not what was written")
         part = _Part(
             size=len(content),
