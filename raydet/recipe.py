@@ -333,7 +333,7 @@ class Scale(Section):
         description="Ray Train workers, one GPU each where GPUs are used; [fewest, most]: as many as there is "
         "room for, also when nodes come or go",
     )
-    gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
+    gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has any")
     gpu_share: float = Field(
         1.0, gt=0, le=1, description="of a GPU for a single worker: below 1, trials of a sweep share GPUs"
     )
