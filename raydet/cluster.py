@@ -109,8 +109,8 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
     gpu = room.gpus > 0 if scale.gpu is None else scale.gpu
     if gpu and room.gpus < fewest * scale.gpu_share:
         raise RaydetError(
-            f"{what}: that takes {fewest * scale.gpu_share:g} GPU(s), but the cluster has {room.gpus}: lower it, or set "
-            "scale.gpu=false to use CPUs only"
+            f"{what}: that takes {fewest * scale.gpu_share:g} GPU(s), but the cluster has {room.gpus}: lower it, or "
+            "set scale.gpu=false to use CPUs only"
         )
     # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.
     one = min(1, room.kept_for_data)

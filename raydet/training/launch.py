@@ -23,10 +23,10 @@ from raydet.data.problems import Problems
 from raydet.data.samples import Samples
 from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
+from raydet.devices import pick_device
 from raydet.errors import RaydetError, user_error
 from raydet.mirror import STOP, Mirror, opened
 from raydet.plot import plot
-from raydet.predict import pick_device
 from raydet.recipe import (
     DetectionVisualizationCallback,
     ExtremeBatchDetectionVisualizationCallback,
@@ -39,11 +39,12 @@ from raydet.results import read_results, write_evaluation
 from raydet.tracking.trackers import tracked
 from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
+from raydet.training.elsewhere import Resources
 from raydet.training.evaluate import restored
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.prepare import load_evaluated, make_job, open_run, thresholds_of, train_samples, val_samples
 from raydet.training.run import Job, RunLog
-from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, validate_elsewhere
+from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
@@ -319,14 +320,7 @@ def _on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
     import ray
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        ValidationConfig,
-        ValidationTaskConfig,
-    )
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     fewest, most = scale.workers
@@ -350,6 +344,7 @@ def _on_ray(
                 if samples is not None
             },
             "data": DataTasks(scale.data_tasks, label_selector(scale.data_label)),
+            "validation": Resources(cpus, int(gpu), scale.worker_resources),
         }
         # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
         notes = job.folder / "ray"
@@ -374,20 +369,8 @@ def _on_ray(
                 name=notes.name,
                 storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
                 callbacks=[_stop_on_user_error(), *callbacks],
             ),
-            validation_config=ValidationConfig(
-                fn=validate_elsewhere,
-                task_config=ValidationTaskConfig(fn_kwargs={"given": given}),
-                ray_remote_kwargs={
-                    "num_cpus": cpus,
-                    "num_gpus": int(gpu),
-                    "resources": scale.worker_resources,
-                },
-            )
-            if scale.async_validation
-            else None,
         )
         return _fit(trainer, job.folder / STOP, say)
 
