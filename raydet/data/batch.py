@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -60,7 +60,7 @@ def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bo
     return Batch(images.permute(0, 3, 1, 2), targets_tensor, positions, rows, errors)
 
 
-def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
+def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Generator[Batch, None, None]:
     """Yield the batches of positions start … stop - 1, made in this very thread, where a breakpoint stops."""
     block_size = gcd(batch_size, samples.chunk_size, start)
     waiting: list[pa.Table] = []

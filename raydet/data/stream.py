@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -80,7 +80,7 @@ def train_batches(
     *,
     tasks: DataTasks = DataTasks(),
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this rank's batches of positions start … stop - 1, made by Ray Data tasks.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class LocalWorld:
         self._folder = job.folder
         self._train, self._val = train_stream, val_stream
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """See World."""
         assert self._train is not None
         return local_train_batches(self._train, start, stop, self._job.recipe.train.batch_size)
@@ -107,7 +107,7 @@ class RayWorld:
 
         return broadcast_from_rank_zero(value)
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """See World."""
         return train_batches(
             self._sources["train"],
