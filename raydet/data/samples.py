@@ -101,39 +101,44 @@ class Samples:
                 picture = transform(picture, rng)  # type: ignore[call-arg]
         return picture
 
-    def blocks(self, start: int, stop: int, block_size: int) -> Iterator[pa.Table]:
-        """Make positions start … stop - 1, which lie in one chunk, as Arrow tables of at most `block_size` rows.
+    def blocks(self, positions: Sequence[int], block_size: int | None = None) -> Iterator[pa.Table]:
+        """Make samples of one chunk as Arrow tables.
 
         Columns: position, row (in the index), image (uint8, height * width * 3: BGR), boxes (xyxy in pixels of the
         sample), labels, errors (what could not be read for it).
+
+        Args:
+            positions: ascending, all in one chunk.
+            block_size: most rows of a table; None: all positions in one.
 
         Raises:
             RaydetError: an image cannot be read, or a transform of the user's own fails.
         """
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
-        low = start // self.chunk_size * self.chunk_size
+        low = positions[0] // self.chunk_size * self.chunk_size
         high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
         rows: list[int] = self.rows(low, high).tolist()
         # The whole chunk is planned, whatever part of it is asked for: how an image is decoded depends on all its uses.
         pictures = [self.plan(position, rows) for position in range(low, high)]
-        sources = Sources(self.index, pictures, pictures[start - low : stop - low])
+        sources = Sources(self.index, pictures, [pictures[position - low] for position in positions])
         renderer = Renderer(self.image_size)
+        size = block_size or len(positions)
         try:
-            for first in range(start, stop, block_size):
-                positions = np.arange(first, min(first + block_size, stop))
-                images = np.empty((len(positions), *self.image_size, 3), np.uint8)
+            for first in range(0, len(positions), size):
+                block = np.array(positions[first : first + size])
+                images = np.empty((len(block), *self.image_size, 3), np.uint8)
                 samples, errors = [], []
-                for position, out in zip(positions.tolist(), images, strict=True):
+                for position, out in zip(block.tolist(), images, strict=True):
                     known = len(sources.failed)
                     samples.append(self._sample(position, pictures[position - low], rows, sources, renderer, out))
                     errors.append(list(sources.failed.values())[known:])
-                yield _table(positions, np.array(rows)[positions - low], images, samples, errors)
+                yield _table(block, np.array(rows)[block - low], images, samples, errors)
         finally:
             sources.close()
 
     def sample(self, position: int) -> Sample:
         """Make one sample, for looking at it."""
-        (block,) = self.blocks(position, position + 1, 1)
+        (block,) = self.blocks([position])
         image = block["image"].combine_chunks().flatten().to_numpy().reshape(*self.image_size, 3)
         boxes = block["boxes"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
         return Sample(image, boxes, block["labels"].combine_chunks().flatten().to_numpy())
