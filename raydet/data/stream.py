@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
+from raydet.data.probe import attempts_before, check_attempts
 from raydet.data.samples import Samples
 from raydet.data.shares import Share
 from raydet.errors import user_error
@@ -256,7 +257,11 @@ def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table
     """Runs in a Ray Data task: makes the chunks whose numbers are in the batch."""
     samples, chunks = _fetch(source), share.chunks().tolist()
     for number in batch["id"].to_pylist():
-        yield from samples.blocks(share.positions(chunks[number]).tolist())
+        positions: list[int] = share.positions(chunks[number]).tolist()
+        what = f"samples {positions[0]} to {positions[-1]}"
+        rows = sorted(set(samples.chunk_rows(positions[0])))
+        failed = check_attempts(attempts_before(), what, rows, samples.index.read)
+        yield from samples.blocks(positions, failed=failed)
 
 
 def _fetch(source: Any) -> Samples:
