@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from raydet.data.probe import deadly
+from raydet.data.probe import check_attempts, deadly
 from raydet.errors import RaydetError
 
 # Stands for a decoder that an image breaks: no image that does so is at hand.
@@ -38,3 +38,16 @@ def test_broken_and_missing_images_end_no_process(decoder_that_dies):
         return b"no image"
 
     assert deadly(range(3), read) == []
+
+
+def test_a_task_looks_for_such_images_after_its_second_death(decoder_that_dies):
+    files = [b"no image", DEADLY]
+    assert check_attempts(1, "samples 0 to 1", range(2), files.__getitem__) == {}
+    assert check_attempts(2, "samples 0 to 1", range(2), files.__getitem__) == {1: "a process that decodes it dies"}
+
+
+def test_a_task_that_dies_of_something_else_is_given_up():
+    nothing = [b"no image"].__getitem__
+    assert check_attempts(5, "samples 0 to 1", range(1), nothing) == {}
+    with pytest.raises(RaydetError, match=r"samples 0 to 1: 6 processes have died of it, and no image ends one alone"):
+        check_attempts(6, "samples 0 to 1", range(1), nothing)
