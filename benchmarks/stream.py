@@ -188,7 +188,7 @@ def long_run(index: Index) -> Iterator[str]:
 
 def _drain(samples: Samples, count: int) -> None:
     for start in range(0, count, samples.chunk_size):
-        for _ in samples.blocks(start, start + samples.chunk_size, 16):
+        for _ in samples.blocks(range(start, start + samples.chunk_size), 16):
             pass
 
 

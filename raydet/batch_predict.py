@@ -16,10 +16,12 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.boxes import xyxy_to_xywh
+from raydet.data.parquet import read_parquet
+from raydet.data.probe import check_attempts
 from raydet.data.store import Store
 from raydet.errors import RaydetError, user_error
 
@@ -233,7 +237,7 @@ def _run(job: _Job, numbers: Sequence[int], actors: int | None, known: int, say:
     dataset = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     dataset = dataset.map_batches(
         _Detector,
-        fn_constructor_kwargs={"job": ray.put(job)},
+        fn_constructor_kwargs={"job": ray.put(job), "attempts": ray.remote(num_cpus=0)(_Attempts).remote()},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=_ACTOR_CPUS,
@@ -259,10 +263,22 @@ def _run(job: _Job, numbers: Sequence[int], actors: int | None, known: int, say:
     return done
 
 
+class _Attempts:
+    """An actor: counts how often each part was begun; the actors that make parts may die."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Return how often a part was begun before."""
+        self._begun[number] += 1
+        return self._begun[number] - 1
+
+
 class _Detector:
     """An actor: holds the model, and makes parts."""
 
-    def __init__(self, job: Any):
+    def __init__(self, job: Any, attempts: Any):
         import cv2
         import ray
         import torch
@@ -271,38 +287,48 @@ class _Detector:
 
         cv2.setNumThreads(0)  # images are read side by side: one thread each
         self.job: _Job = ray.get(job)
+        self.attempts = attempts
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.predictor = Predictor(self.job.model, self.job.config, device)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Make the parts whose numbers are in a batch."""
+        import ray
+
         for number in batch["number"].to_pylist():
-            rows, message = [], ""
+            rows, message, files = [], "", self.job.part(number)
             try:
-                rows = self._rows(self.job.part(number))
+                before, what = ray.get(self.attempts.begin.remote(number)), f"part {number}, from {files[0]} on"
+                deadly = check_attempts(before, what, range(len(files)), partial(self._content, files))
+                rows = self._rows(files, {files[image]: reason for image, reason in deadly.items()})
                 self.job.out.write(_name(number), _encode(rows))
             except RaydetError as error:  # Ray would add its own words to the message
                 message = str(error)
             failed = sum(row["error"] is not None for row in rows)
             yield pa.table({"images": [len(rows)], "failed": [failed], "error": [message]})
 
-    def _rows(self, files: Sequence[str]) -> list[dict[str, Any]]:
-        """Detect in files; return the rows of their part."""
+    def _content(self, files: Sequence[str], number: int) -> bytes:
+        return self.job.source.read(files[number])
+
+    def _rows(self, files: Sequence[str], failed: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Detect in files, but for those that have failed; return the rows of their part."""
         size = self.job.batch_size
         batches = [files[first : first + size] for first in range(0, len(files), size)]
         rows: list[dict[str, Any]] = []
         with ThreadPoolExecutor(_READERS) as readers:
-            following = [readers.submit(self._read, file) for file in batches[0]]
+            following = [readers.submit(self._read, file, failed) for file in batches[0]]
             for batch, after in zip(batches, [*batches[1:], []], strict=True):
                 read = [future.result() for future in following]
-                following = [readers.submit(self._read, file) for file in after]  # while the model runs
+                following = [readers.submit(self._read, file, failed) for file in after]  # while the model runs
                 rows += self._detect(batch, read)
         return rows
 
-    def _read(self, file: str) -> tuple[npt.NDArray[np.uint8], tuple[int, int]] | str:
+    def _read(self, file: str, failed: Mapping[str, str]) -> tuple[npt.NDArray[np.uint8], tuple[int, int]] | str:
         """Return an image fitted into the model's input, and its width and height; or why it cannot be read."""
         from raydet.data.render import decode
 
+        if file in failed:
+            return f"{self.job.source.path(file)}: {failed[file]}"
         try:
             image = decode(self.job.source.read(file), self.job.source.path(file))
         except RaydetError as error:
@@ -358,7 +384,7 @@ def _finish(job: _Job, parts: int, form: str) -> int:
     is_numbered = len({int(stem) for stem in stems if stem.isdecimal()}) == len(stems)
     columns = None if form == "coco" else ["file", "error"]
     for number in range(parts):
-        table = pq.read_table(pa.BufferReader(job.out.read(_name(number))), columns=columns)
+        table = read_parquet(job.out.read(_name(number)), columns)
         if table["file"].to_pylist() != list(job.part(number)):
             path = job.out.path(_name(number))
             raise RaydetError(f"{path}: its images are not those that belong there; delete it, and start again")

@@ -173,9 +173,12 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
     fewest, most = (groups * (count + scale.async_validation) for count in scale.workers)
     what = f"scale.num_workers is {scale.num_workers}{' and scale.async_validation true' * scale.async_validation}"
     what += f", tune.concurrent {groups}" * (groups > 1)
-    gpu = room.gpus >= fewest * scale.gpu_share if scale.gpu is None else scale.gpu
+    gpu = room.gpus > 0 if scale.gpu is None else scale.gpu
     if gpu and room.gpus < fewest * scale.gpu_share:
-        raise RaydetError(f"{what}, but there are {room.gpus} GPUs; or set scale.gpu=false")
+        raise RaydetError(
+            f"{what}: that takes {fewest * scale.gpu_share:g} GPU(s), but the cluster has {room.gpus}: lower it, or "
+            "set scale.gpu=false to use CPUs only"
+        )
     # With a number of workers that changes, each takes a node but for a CPU, which is left to the data tasks.
     one = min(1, room.kept_for_data)
     share = (room.cpus - room.kept_for_data) // most if scale.workers[0] == scale.workers[1] else room.node_cpus - one

@@ -15,6 +15,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_letters[near[0]]}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def user_error(error: BaseException | None) -> RaydetError | None:
     """Find the RaydetError that an exception carries, however deep: Ray wraps what its tasks and workers raise."""
     seen: set[int] = set()

@@ -17,11 +17,12 @@ from raydet.data.formats import load_index
 from raydet.data.render import decode
 from raydet.data.store import Store
 from raydet.data.synthetic import make_picture
+from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.mirror import opened
 from raydet.models import Detector
 from raydet.models.export import OUTPUTS, Exported, MissingPackages, to_onnx
-from raydet.predict import METADATA, OnnxPredictor, Predictor, pick_device, with_thresholds
+from raydet.predict import METADATA, OnnxPredictor, Predictor, with_thresholds
 from raydet.training import checkpoint
 from raydet.training.evaluate import post_prediction
 from raydet.training.prepare import load_evaluated

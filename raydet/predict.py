@@ -18,6 +18,7 @@ from torch import nn
 
 from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.render import letterbox
+from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.mirror import opened
 from raydet.models import Detector
@@ -380,19 +381,3 @@ def with_thresholds(thresholds: Eval, conf: float | None, iou: float | None) -> 
         if not 0 <= value <= 1:
             raise RaydetError(f"{name}: {value} is not between 0 and 1")
     return thresholds.model_copy(update=given)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the named device; None: the first GPU, or without one the CPU.
-
-    Raises:
-        RaydetError: there is no such device here.
-    """
-    if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RaydetError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    return device

@@ -300,8 +300,8 @@ class Train(Section):
     ema_ramp: float = Field(15.0, gt=0, description="of ema_rise: exp")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="of the model's forward pass; auto: bf16 on a GPU, fp32 on a CPU; fp16 scales the loss, for GPUs "
-        "without bf16",
+        description="number format of the model's forward pass; auto: on a GPU bf16, or fp16 where the GPU has no bf16 "
+        "of its own (T4, V100), on a CPU fp32; fp16 scales the loss",
     )
     compile: bool = Field(False, description="torch.compile the model: minutes at the start, faster steps")
     sync_bn: bool = Field(False, description="norms over the images of all workers, on GPUs")
@@ -323,7 +323,7 @@ class Eval(Section):
     """Validation: what counts as a detection."""
 
     every: int = Field(1, ge=1, description="epochs from one validation to the next; the last epoch always has one")
-    watch: str = Field("mAP@0.50:0.95", description="metric by which checkpoints are best, such as mAP@0.50 or AR@100")
+    watch: str = Field("mAP@0.50:0.95", description="metric by which checkpoints are best, such as mAP@0.50")
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a better watch; null: train all epochs"
     )
@@ -345,7 +345,7 @@ class Scale(Section):
         description="Ray Train workers, one GPU each where GPUs are used; [fewest, most]: as many as there is "
         "room for, also when nodes come or go",
     )
-    gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has enough for the workers")
+    gpu: bool | None = Field(None, description="train on GPUs; null: if the cluster has any")
     gpu_share: float = Field(
         1.0, gt=0, le=1, description="of a GPU for a single worker: below 1, trials of a sweep share GPUs"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
@@ -60,25 +60,45 @@ def to_batch(blocks: list[pa.Table], image_size: tuple[int, int], pin_memory: bo
     return Batch(images.permute(0, 3, 1, 2), targets_tensor, positions, rows, errors)
 
 
-def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-    """Yield the batches of positions start … stop - 1, made in this very thread, where a breakpoint stops."""
-    block_size = gcd(batch_size, samples.chunk_size, start)
+def batches_of(parts: Iterable[pa.Table], batch_size: int, make: Callable[[list[pa.Table]], Batch]) -> Iterator[Batch]:
+    """Cut or join tables of samples to batches; what is cut is a view.
+
+    Args:
+        parts: tables of samples in order, of any lengths.
+        batch_size: samples of a batch.
+        make: joins tables to a batch.
+
+    Raises:
+        RuntimeError: the tables end within a batch.
+    """
     waiting: list[pa.Table] = []
-    for low, high in _by_chunk(start, stop, samples.chunk_size):
-        for block in samples.blocks(low, high, block_size):
-            waiting.append(block)
-            if len(waiting) * block_size == batch_size:
-                yield to_batch(waiting, samples.image_size)
-                waiting = []
+    missing = batch_size
+    for part in parts:
+        rest = part
+        while len(rest) >= missing:
+            yield make([*waiting, rest.slice(0, missing)])
+            rest, waiting, missing = rest.slice(missing), [], batch_size
+        if len(rest):
+            waiting.append(rest)
+            missing -= len(rest)
+    if waiting:
+        raise RuntimeError(f"the stream ended within a batch: {missing} of its {batch_size} samples did not come")
+
+
+def local_train_batches(samples: Samples, start: int, stop: int, batch_size: int) -> Generator[Batch, None, None]:
+    """Yield the batches of positions start … stop - 1, made in this very thread, where a breakpoint stops."""
+    chunks = _by_chunk(start, stop, samples.chunk_size)
+    parts = (block for chunk in chunks for block in samples.blocks(chunk, gcd(batch_size, samples.chunk_size)))
+    yield from batches_of(parts, batch_size, lambda tables: to_batch(tables, samples.image_size))
 
 
 def local_eval_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:
     """Yield every image of the index once, in order, made in this thread."""
-    for low, high in _by_chunk(0, len(samples.index), samples.chunk_size):
-        for block in samples.blocks(low, high, batch_size):
+    for chunk in _by_chunk(0, len(samples.index), samples.chunk_size):
+        for block in samples.blocks(chunk, batch_size):
             yield to_batch([block], samples.image_size)
 
 
-def _by_chunk(start: int, stop: int, chunk_size: int) -> list[tuple[int, int]]:
+def _by_chunk(start: int, stop: int, chunk_size: int) -> list[range]:
     edges = [start, *range((start // chunk_size + 1) * chunk_size, stop, chunk_size), stop]
-    return list(pairwise(edges))
+    return [range(low, high) for low, high in pairwise(edges)]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydet.data.parquet import read_parquet
 from raydet.data.store import store
 from raydet.errors import RaydetError, did_you_mean
 
@@ -176,7 +177,7 @@ class Index:
         Raises:
             ValueError: it is no index.
         """
-        table = pq.read_table(pa.BufferReader(content))
+        table = read_parquet(content)
         about = json.loads((table.schema.metadata or {}).get(b"raydet", b"null"))
         if about is None:
             raise ValueError("it is no index of raydet")

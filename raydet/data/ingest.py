@@ -30,6 +30,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.data.index import Index, shard_name
+from raydet.data.parquet import read_parquet
+from raydet.data.probe import attempts_before, check_attempts
 from raydet.data.problems import OnError, Problems
 from raydet.data.render import decode
 from raydet.data.scan import THREADS, present
@@ -328,11 +330,13 @@ class _Job:
         """
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
         problems = Problems(self.on_error, self.max_errors)
-        rows, images = self._read(self.plan.rows(number), problems)
+        dealt = self.plan.rows(number)
+        failed = check_attempts(attempts_before(), f"shard {number}", dealt, self.index.read)
+        rows, images = self._read(dealt, failed, problems)
         name, annotations = shard_name(number), self.index.take(np.array(rows, np.int64)).table.select(_ANNOTATIONS)
         self.out.write(name, _encode(annotations, images, self.index))
         content = self.out.read(name)
-        if not pq.read_table(pa.BufferReader(content), columns=_ANNOTATIONS).equals(annotations):
+        if not read_parquet(content, _ANNOTATIONS).equals(annotations):
             raise RaydetError(f"{self.out.path(name)}: what was read back is not what was written")
         part = _Part(
             size=len(content),
@@ -345,14 +349,18 @@ class _Job:
         self.out.write(f"{_STATE}/{_record_name(number)}", json.dumps(asdict(part)).encode())
         return part
 
-    def _read(self, rows: Sequence[int], problems: Problems) -> tuple[list[int], list[bytes]]:
-        """Read images; return those that can be used."""
+    def _read(
+        self, rows: Sequence[int], failed: Mapping[int, str], problems: Problems
+    ) -> tuple[list[int], list[bytes]]:
+        """Read images; return those that can be used, which those that have failed before cannot."""
         kept, images = [], []
         with ThreadPoolExecutor(THREADS) as readers:
             reading = [readers.submit(self.index.read, row) for row in rows]
             for row, future in zip(rows, reading, strict=True):
                 try:
                     image = future.result()
+                    if row in failed:
+                        raise RaydetError(f"{self.index.path(row)}: {failed[row]}")
                     decode(image, self.index.path(row), self.index.size(row))
                 except RaydetError as error:
                     problems.add(str(error))

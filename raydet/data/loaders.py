@@ -61,7 +61,9 @@ class Loader:
         if self.split == "train":
             # From the first multiple of the batch on: chunks are cut at fixed positions.
             start = -(-self.epoch * len(self.index) // self.batch_size) * self.batch_size
-            batches = local_train_batches(self.samples, start, start + len(self) * self.batch_size, self.batch_size)
+            batches: Iterator[Batch] = local_train_batches(
+                self.samples, start, start + len(self) * self.batch_size, self.batch_size
+            )
         else:
             batches = local_eval_batches(self.samples, self.batch_size)
         for batch in batches:

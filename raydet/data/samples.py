@@ -10,7 +10,7 @@ Nothing here knows Ray or torch: the same functions run in a Ray Data task and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -73,6 +73,12 @@ class Samples:
         order = np.concatenate([self._order(epoch) for epoch in epochs])
         return order[start - epochs.start * size : stop - epochs.start * size]
 
+    def chunk_rows(self, position: int) -> list[int]:
+        """Return the index rows of all positions of the chunk that a position is in."""
+        low = position // self.chunk_size * self.chunk_size
+        high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
+        return self.rows(low, high).tolist()  # type: ignore[no-any-return]
+
     def plan(self, position: int, rows: Sequence[int], broken: frozenset[int] = frozenset()) -> Picture:
         """Decide what a sample shows.
 
@@ -101,39 +107,46 @@ class Samples:
                 picture = transform(picture, rng)  # type: ignore[call-arg]
         return picture
 
-    def blocks(self, start: int, stop: int, block_size: int) -> Iterator[pa.Table]:
-        """Make positions start … stop - 1, which lie in one chunk, as Arrow tables of at most `block_size` rows.
+    def blocks(
+        self, positions: Sequence[int], block_size: int | None = None, failed: Mapping[int, str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Make samples of one chunk as Arrow tables.
 
         Columns: position, row (in the index), image (uint8, height * width * 3: BGR), boxes (xyxy in pixels of the
         sample), labels, errors (what could not be read for it).
+
+        Args:
+            positions: ascending, all in one chunk.
+            block_size: most rows of a table; None: all positions in one.
+            failed: rows of the index whose images are not to be decoded, and why.
 
         Raises:
             RaydetError: an image cannot be read, or a transform of the user's own fails.
         """
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
-        low = start // self.chunk_size * self.chunk_size
-        high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
-        rows: list[int] = self.rows(low, high).tolist()
+        rows, low = self.chunk_rows(positions[0]), positions[0] // self.chunk_size * self.chunk_size
         # The whole chunk is planned, whatever part of it is asked for: how an image is decoded depends on all its uses.
-        pictures = [self.plan(position, rows) for position in range(low, high)]
-        sources = Sources(self.index, pictures, pictures[start - low : stop - low])
+        pictures = [self.plan(position, rows) for position in range(low, low + len(rows))]
+        sources = Sources(self.index, pictures, [pictures[position - low] for position in positions])
+        sources.failed |= {row: f"{self.index.path(row)}: {reason}" for row, reason in (failed or {}).items()}
         renderer = Renderer(self.image_size)
+        size, told = block_size or len(positions), 0
         try:
-            for first in range(start, stop, block_size):
-                positions = np.arange(first, min(first + block_size, stop))
-                images = np.empty((len(positions), *self.image_size, 3), np.uint8)
+            for first in range(0, len(positions), size):
+                block = np.array(positions[first : first + size])
+                images = np.empty((len(block), *self.image_size, 3), np.uint8)
                 samples, errors = [], []
-                for position, out in zip(positions.tolist(), images, strict=True):
-                    known = len(sources.failed)
+                for position, out in zip(block.tolist(), images, strict=True):
                     samples.append(self._sample(position, pictures[position - low], rows, sources, renderer, out))
-                    errors.append(list(sources.failed.values())[known:])
-                yield _table(positions, np.array(rows)[positions - low], images, samples, errors)
+                    errors.append(list(sources.failed.values())[told:])
+                    told = len(sources.failed)
+                yield _table(block, np.array(rows)[block - low], images, samples, errors)
         finally:
             sources.close()
 
     def sample(self, position: int) -> Sample:
         """Make one sample, for looking at it."""
-        (block,) = self.blocks(position, position + 1, 1)
+        (block,) = self.blocks([position])
         image = block["image"].combine_chunks().flatten().to_numpy().reshape(*self.image_size, 3)
         boxes = block["boxes"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 4)
         return Sample(image, boxes, block["labels"].combine_chunks().flatten().to_numpy())

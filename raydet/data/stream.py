@@ -1,11 +1,12 @@
 """The stream: samples as batches, through Ray Data tasks into Ray Train workers.
 
-Global step k trains on positions k·G to (k + 1)·G, G being the global batch. Ray Data tasks make chunks as blocks of
-gcd(B, chunk size, start) rows (B: a worker's batch), or whole for a worker that is alone; Ray hands the blocks to the
-ranks in turn, and a batch is the next B rows a rank gets; so where a run stands is one number, and a restart is a
-stream from that position, with as many ranks as there are then.
+    Samples ──► chunks (Arrow tables, made in Ray Data tasks) ──► a dealer (an actor) ──► the ranks: Batch (torch)
 
-    Samples ──► blocks (Arrow, made in tasks) ──► streaming_split over the ranks ──► Batch (torch)
+A Ray Data task makes a chunk as one table. A dealer executes the data set and gives each rank the tables that hold
+some of its positions; the rank takes its rows of them as views. So a block is a chunk, whatever a rank's batch is and
+wherever a run goes on: a block costs Ray some milliseconds whatever its size. `raydet.data.shares` says which positions
+are whose: global step k trains on positions k·G to (k + 1)·G, so where a run stands is one number, and a restart is a
+stream from that position, with as many ranks as there are then.
 
 The tasks import this module: torch, which would cost each of them seconds and 300 MB, is imported by the workers only.
 """
@@ -16,16 +17,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import gcd
+from functools import partial
+from itertools import count, islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
+from raydet.data.probe import attempts_before, check_attempts
 from raydet.data.samples import Samples
+from raydet.data.shares import Share
 from raydet.errors import user_error
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def train_batches(
     *,
     tasks: DataTasks = DataTasks(),
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this rank's batches of positions start … stop - 1, made by Ray Data tasks.
 
     Args:
@@ -93,41 +95,41 @@ def train_batches(
         tasks: which make them.
         pin_memory: batches in pinned memory, for a GPU.
     """
-    turn = gcd(batch_size, samples.chunk_size, start)
-    # A block costs Ray some milliseconds whatever its size: a rank that is alone gets whole chunks.
-    block_size = turn if ranks.size > 1 else samples.chunk_size
     step = batch_size * ranks.size
     span = max(1, SEGMENT_CHUNKS * samples.chunk_size // step) * step  # whole steps, or batches would be torn
     edges = [*range(start, stop, span), stop]
-    segments = [_Segment(source, samples, low, high, block_size, tasks) for low, high in pairwise(edges)]
+    segments = [
+        Share(low, high, batch_size, ranks.size, 0, ranks.size, samples.chunk_size) for low, high in pairwise(edges)
+    ]
 
     def start_segment(number: int) -> _Prefetch | None:
         if number >= len(segments):
             return None
-        split = _share_split(segments[number], ranks, equal=True)
-        return _Prefetch(lambda: _batches(split, batch_size, block_size, samples.image_size, pin_memory))
+        share = segments[number]
+        dealer = _share_dealer(ranks, _TrainDealer, source, share, tasks)
+        return _Prefetch(lambda: _read_share(dealer, share, ranks.rank, samples.image_size, pin_memory))
 
-    position = start
-    following = start_segment(0)
-    for number, segment in enumerate(segments):
-        current, following = following, None
-        assert current is not None
-        began = time.monotonic()
-        for batch in current:
-            if number + 1 < len(segments) and following is None:
-                # Here all ranks are at the same step: sharing is a collective call.
-                following = start_segment(number + 1)
-            if following is not None:
-                done, left = position - segment.start, segment.stop - position
-                if left * (time.monotonic() - began) < NEXT_SEGMENT_LEAD_S * done:
-                    following.start()
-            _check(batch, position, batch_size, turn, ranks)
-            position += batch_size * ranks.size
-            yield batch
-            if position == segment.stop:  # not waiting for Ray to end the execution
-                break
-    if position != stop:
-        raise RuntimeError(f"the stream ended at position {position}, expected {stop}")
+    current = following = None
+    try:
+        following = start_segment(0)
+        for number, segment in enumerate(segments):
+            current, following = following, None
+            assert current is not None
+            began = time.monotonic()
+            for done, batch in enumerate(current):
+                if number + 1 < len(segments) and following is None:
+                    # Here all ranks are at the same step: sharing is a collective call.
+                    following = start_segment(number + 1)
+                if following is not None:
+                    left = (segment.stop - segment.start) // step - done
+                    if left * (time.monotonic() - began) < NEXT_SEGMENT_LEAD_S * done:
+                        following.start()
+                _check(batch, segment.batch(done, ranks.rank).tolist(), ranks.rank)
+                yield batch
+    finally:
+        for prefetch in (current, following):
+            if prefetch is not None:
+                prefetch.stop()
 
 
 def eval_batches(
@@ -141,64 +143,125 @@ def eval_batches(
 ) -> Callable[[], Iterator[Batch]]:
     """Return what yields this rank's share of all images, each exactly once over the ranks; it can be called again.
 
+    Which rank gets an image is decided while they run: who is ready takes the next chunk.
+
     Arguments as in `train_batches`; batches at the end of a chunk may be smaller than `batch_size`.
     """
-    segment = _Segment(source, samples, 0, len(samples.index), batch_size, tasks)
-    split = _share_split(segment, ranks, equal=False)
-    return lambda: iter(_Prefetch(lambda: _whole_blocks(split, samples.image_size, pin_memory)))
+    from raydet.data.batch import to_batch
+
+    dealer = _share_dealer(ranks, _EvalDealer, source, len(samples.index), samples.chunk_size, tasks)
+    rounds = count(1)
+
+    def read(number: int) -> Iterator[Batch]:
+        for table in _tables(dealer.next.remote, repeat(number)):
+            for first in range(0, len(table), batch_size):
+                yield to_batch([table.slice(first, batch_size)], samples.image_size, pin_memory)
+
+    return lambda: iter(_Prefetch(partial(read, next(rounds))))
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Positions start … stop - 1 as one Ray Data execution."""
+class _Dealer:
+    """Runs in an actor: executes a data set, a block a chunk, and deals the references to the blocks.
 
-    source: ray.ObjectRef
-    samples: Samples
-    start: int
-    stop: int
-    block_size: int
-    tasks: DataTasks
+    Args:
+        source: the samples in Ray's object store, in a list, as Ray would fetch a bare reference.
+        share: the positions to make.
+        tasks: the Ray Data tasks that make them.
+    """
 
-    def split(self, ranks: int, *, equal: bool) -> list[Any]:
+    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks):
+        self._lock = threading.Lock()
+        self._given = source[0], share, tasks
+
+    def _execute(self) -> Iterator[Any]:
+        """Yield the reference to the block of each of the share's chunks."""
         import ray.data
 
-        size = self.samples.chunk_size
-        first, last = self.start // size, -(-self.stop // size)
-        dataset = ray.data.range(last - first, override_num_blocks=last - first).map_batches(
-            _make_blocks,
+        source, share, tasks = self._given
+        chunks = len(share.chunks())
+        dataset = ray.data.range(chunks, override_num_blocks=chunks).map_batches(
+            _make_block,
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={
-                "source": self.source,
-                "first_chunk": first,
-                "start": self.start,
-                "stop": self.stop,
-                "block_size": self.block_size,
-            },
+            fn_kwargs={"source": source, "share": share},
             num_cpus=TASK_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=self.tasks.most),
-            # A task that has begun runs to its end: one that waits for a reader would keep its CPU from the validation.
-            _generator_backpressure_num_objects=-1,
+            compute=ray.data.TaskPoolStrategy(size=tasks.most),
         )
         context = dataset.context
-        # A table is larger than its pixels, so that each becomes a block of its own.
-        context.target_max_block_size = self.block_size * 3 * self.samples.image_size[0] * self.samples.image_size[1]
+        context.target_max_block_size = None  # the table of a task is one block
         context.execution_options.preserve_order = True
-        context.execution_options.label_selector = self.tasks.nodes
+        context.execution_options.label_selector = tasks.nodes
         context.execution_no_progress_timeout_s = -1  # a long validation pauses the training stream
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        return dataset.streaming_split(ranks, equal=equal)  # type: ignore[no-any-return]
+        for bundle in dataset.iter_internal_ref_bundles():
+            for block in bundle.blocks:
+                yield block.ref
 
 
-def _make_blocks(
-    batch: pa.Table, source: Any, first_chunk: int, start: int, stop: int, block_size: int
-) -> Iterator[pa.Table]:
+class _TrainDealer(_Dealer):
+    """Deals the blocks of a training: each to the ranks that get some of its positions. Arguments as of _Dealer."""
+
+    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks):
+        super().__init__(source, share, tasks)
+        chunks = share.chunks().tolist()
+        self._takers = {chunk: len(share.takers(chunk)) for chunk in chunks}
+        self._coming = zip(chunks, self._execute(), strict=True)
+        self._dealt: dict[int, Any] = {}  # blocks that some of their takers have not got yet
+        self._reading = share.fed
+
+    def take(self, chunk: int) -> list[Any]:
+        """Return the block of a chunk in a list; each of its takers asks once, in ascending order."""
+        with self._lock:
+            while chunk not in self._dealt:
+                number, block = next(self._coming)
+                self._dealt[number] = block
+            block = self._dealt[chunk]
+            self._takers[chunk] -= 1
+            if not self._takers[chunk]:
+                del self._dealt[chunk]
+        return [block]
+
+    def done(self) -> None:
+        """Take note that a rank reads no more; after the last one the execution ends."""
+        with self._lock:
+            self._reading -= 1
+            if not self._reading:
+                self._dealt.clear()
+                self._coming = zip((), (), strict=True)
+
+
+class _EvalDealer(_Dealer):
+    """Deals the blocks of a validation: each to the rank that asks for the next.
+
+    Args:
+        source: the samples in Ray's object store, in a list.
+        images: number of images.
+        chunk_size: images of a chunk.
+        tasks: the Ray Data tasks that make them.
+    """
+
+    def __init__(self, source: Sequence[Any], images: int, chunk_size: int, tasks: DataTasks):
+        super().__init__(source, Share(0, images, images, 1, 0, 1, chunk_size), tasks)
+        self._round, self._blocks = 0, iter(())
+
+    def next(self, number: int) -> list[Any]:
+        """Return the next block in a list, an empty one at the end; another number begins anew."""
+        with self._lock:
+            if number != self._round:
+                self._round, self._blocks = number, self._execute()
+            return list(islice(self._blocks, 1))
+
+
+def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: makes the chunks whose numbers are in the batch."""
-    samples = _fetch(source)
+    samples, chunks = _fetch(source), share.chunks().tolist()
     for number in batch["id"].to_pylist():
-        low = (first_chunk + number) * samples.chunk_size
-        yield from samples.blocks(max(low, start), min(low + samples.chunk_size, stop), block_size)
+        positions: list[int] = share.positions(chunks[number]).tolist()
+        what = f"samples {positions[0]} to {positions[-1]}"
+        rows = sorted(set(samples.chunk_rows(positions[0])))
+        failed = check_attempts(attempts_before(), what, rows, samples.index.read)
+        yield from samples.blocks(positions, failed=failed)
 
 
 def _fetch(source: Any) -> Samples:
@@ -217,53 +280,54 @@ def _fetch(source: Any) -> Samples:
 _fetched: dict[str, Samples] = {}
 
 
-def _share_split(segment: _Segment, ranks: Ranks, *, equal: bool) -> Any:
-    """Return this rank's iterator over a segment; rank 0 makes them for all."""
+def _share_dealer(ranks: Ranks, kind: type[_Dealer], source: Any, *given: Any) -> Any:
+    """Return the handle of a dealer that rank 0 makes, on every rank."""
     import ray
 
-    # By reference, as Ray Train's broadcast is for less than a kilobyte; in a list, as Ray would fetch a bare one.
-    made = [ray.put(segment.split(ranks.size, equal=equal))] if ranks.rank == 0 else None
-    splits = ray.get(ranks.share(made)[0])
+    made = None
+    if ranks.rank == 0:
+        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        # A rank that waits for its next block keeps a thread of the dealer.
+        actor = ray.remote(num_cpus=0, max_concurrency=ranks.size + 1, label_selector=node)(kind)
+        # By reference, as Ray Train's broadcast is for less than a kilobyte; in a list, as Ray would fetch a bare one.
+        made = [ray.put(actor.remote([source], *given))]
+    dealer = ray.get(ranks.share(made)[0])
     ranks.share(None)  # rank 0 holds the reference until all have read it
-    return splits[ranks.rank]
+    return dealer
 
 
-def _batches(
-    split: Any, batch_size: int, block_size: int, image_size: tuple[int, int], pin_memory: bool
-) -> Iterator[Batch]:
-    """Cut or join blocks to batches; what is cut is a view."""
-    from raydet.data.batch import to_batch
+def _read_share(dealer: Any, share: Share, rank: int, image_size: tuple[int, int], pin_memory: bool) -> Iterator[Batch]:
+    """Yield a rank's batches of a stretch of the training."""
+    from raydet.data.batch import batches_of, to_batch
 
-    waiting: list[pa.Table] = []
-    missing = batch_size
-    prefetch = 2 * -(-batch_size // block_size)
-    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
-        rest = block
-        while len(rest) >= missing:
-            yield to_batch([*waiting, rest.slice(0, missing)], image_size, pin_memory)
-            rest, waiting, missing = rest.slice(missing), [], batch_size
-        if len(rest):
-            waiting.append(rest)
-            missing -= len(rest)
-    if waiting:
-        raise RuntimeError(f"the stream ended within a batch: {missing} of its {batch_size} samples did not come")
+    chunks = [chunk for chunk in share.chunks().tolist() if rank in share.takers(chunk)]
+    tables = _tables(dealer.take.remote, iter(chunks))
+    parts = (table[run] for chunk, table in zip(chunks, tables, strict=True) for run in share.runs(chunk, rank))
+    try:
+        yield from batches_of(parts, share.batch_size, lambda part: to_batch(part, image_size, pin_memory))
+    finally:
+        dealer.done.remote()
 
 
-def _whole_blocks(split: Any, image_size: tuple[int, int], pin_memory: bool) -> Iterator[Batch]:
-    from raydet.data.batch import to_batch
+def _tables(ask: Callable[[int], Any], numbers: Iterator[int]) -> Iterator[pa.Table]:
+    """Yield the tables that a dealer gives when asked for, one asked for ahead, until it gives none."""
+    import ray
 
-    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        yield to_batch([block], image_size, pin_memory)
+    waiting = [ask(number) for number in islice(numbers, 1)]
+    while waiting:
+        blocks = ray.get(waiting.pop())
+        waiting += [ask(number) for number in islice(numbers, 1)]
+        if not blocks:
+            return
+        yield ray.get(blocks[0])
 
 
-def _check(batch: Batch, position: int, batch_size: int, turn: int, ranks: Ranks) -> None:
-    """Raise if this is not the rank's part of the step: ranks get `turn` samples each in turn."""
-    starts = position + turn * (ranks.rank + ranks.size * np.arange(batch_size // turn))
-    due = (starts[:, None] + np.arange(turn)).reshape(-1)
-    if not np.array_equal(batch.positions.numpy(), due):
+def _check(batch: Batch, due: list[int], rank: int) -> None:
+    """Raise if this is not the rank's part of the step."""
+    if batch.positions.tolist() != due:
         raise RuntimeError(
-            f"rank {ranks.rank} got positions {batch.positions.tolist()} where {due.tolist()} were due: "
-            "Ray Data delivered blocks out of order"
+            f"rank {rank} got positions {batch.positions.tolist()} where {due} were due: Ray Data delivered blocks out "
+            "of order"
         )
 
 
@@ -284,6 +348,10 @@ class _Prefetch:
             self._thread = threading.Thread(target=self._fill, name="raydet-prefetch", daemon=True)
             self._thread.start()
 
+    def stop(self) -> None:
+        """Fill no more."""
+        self._stopped.set()
+
     def __iter__(self) -> Iterator[Batch]:
         self.start()
         try:
@@ -292,7 +360,7 @@ class _Prefetch:
                     raise user_error(item) or item
                 yield item
         finally:
-            self._stopped.set()
+            self.stop()
 
     def _next(self) -> Batch | BaseException | None:
         began = time.monotonic()

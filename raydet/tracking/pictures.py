@@ -30,7 +30,7 @@ from raydet.losses.base import PartialLoss, alone, has_terms
 from raydet.matching import Boxes
 from raydet.postprocess import PostPrediction
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
-from raydet.training.run import Job, RunLog, World, everyone, gathered
+from raydet.training.run import Job, Recorder, RunLog, World, everyone, gathered
 from raydet.training.step import Outcome
 from raydet.visualization import Shown
 
@@ -164,7 +164,7 @@ class ValPictures:
         step: after which.
     """
 
-    def __init__(self, job: Job, rank: int, log: RunLog, criterion: nn.Module, epoch: int, step: int):
+    def __init__(self, job: Job, rank: int, log: RunLog | Recorder, criterion: nn.Module, epoch: int, step: int):
         track = job.recipe.track
         self._job, self._rank, self._log, self._epoch, self._step = job, rank, log, epoch, step
         self._criterion = criterion
@@ -406,7 +406,7 @@ def _picture(image: Any, truth: tuple[Array, Array], found: Array | None, entry:
 
 
 def _publish(
-    log: RunLog,
+    log: RunLog | Recorder,
     phase: str,
     entry: Extreme,
     class_names: Sequence[str],
@@ -429,7 +429,7 @@ def _publish(
 
 
 def _publish_numbered(
-    log: RunLog, entry: Numbered, class_names: Sequence[str], batch: Sequence[Shown], step: int, epoch: int
+    log: RunLog | Recorder, entry: Numbered, class_names: Sequence[str], batch: Sequence[Shown], step: int, epoch: int
 ) -> None:
     if batch:
         of = "training: as the model gets it, batch" if entry.phase == "train" else "validation: batch"

@@ -293,7 +293,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def restore(
-    folder: Path, average: nn.Module, online: nn.Module, others: Mapping[str, Any], device: torch.device
+    folder: Path, average: nn.Module, online: nn.Module, others: Mapping[str, Any]
 ) -> tuple[Progress, dict[str, float]]:
     """Load a checkpoint for going on with its training.
 
@@ -302,13 +302,14 @@ def restore(
         average: gets the weights to use.
         online: gets those that are trained.
         others: what else has a state, such as the optimizer, by name.
-        device: of the models.
 
     Returns:
         Where it stands, and its metrics, none if it was not validated.
     """
-    average.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS, device=str(device)))
-    state = torch.load(folder / TRAINING, map_location=device, weights_only=True)
+    average.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    # Onto the CPU: each part copies what it needs to its own device. AdamW keeps its count of steps on the CPU: from a
+    # GPU each step would have to fetch it hundreds of times.
+    state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     online.load_state_dict(state["model"])
     for name, other in others.items():
         other.load_state_dict(state[name])

@@ -13,6 +13,7 @@ from torch import nn
 from raydet.boxes import Placement, place
 from raydet.data.batch import Batch
 from raydet.data.index import Index
+from raydet.devices import memory_suffices
 from raydet.evaluation import CocoEvaluation
 from raydet.models import Preprocessing
 from raydet.postprocess import PostPrediction
@@ -69,12 +70,14 @@ def run(
     done, began = 0, time.monotonic()
     due = began + PROGRESS_EVERY_S
     for batch in batches:
-        images = preprocessing(batch.images.to(device, non_blocking=True))
-        size = images.shape[-2], images.shape[-1]
         rows = batch.rows.tolist()
-        outputs = model(images)
-        look(batch, outputs)
-        for row, found in zip(rows, callback(outputs), strict=True):
+        with memory_suffices(f"{len(rows)} images of a validation at once", "lower eval.batch_size"):
+            images = preprocessing(batch.images.to(device, non_blocking=True))
+            outputs = model(images)
+            look(batch, outputs)
+            found_in = callback(outputs)
+        size = images.shape[-2], images.shape[-1]
+        for row, found in zip(rows, found_in, strict=True):
             yield row, place(*index.size(row), size, preprocessing.resize), found
         done = min(done + ranks * len(rows), len(index))
         if (now := time.monotonic()) > due:

@@ -6,7 +6,7 @@ All ranks have one; rank 0's does the work.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from raydet.data.batch import Batch
-from raydet.errors import RaydetError
+from raydet.errors import RaydetError, first_line, user_error
 from raydet.mirror import STOP
 from raydet.training import checkpoint
 from raydet.training.checkpoint import Progress
 from raydet.training.meter import validation_line
-from raydet.training.run import Job, RunLog, World, agreed
+from raydet.training.run import Job, RunLog, Validated, Validation, World, agreed
 from raydet.training.step import Outcome
 
-VALIDATED = "validation.json"
 _LOOK_EVERY_S = 0.2
 _WAIT_SAID_EVERY_S = 30.0
 
@@ -45,20 +44,20 @@ class Keeper:
         self._bad_batches = job.folder / "not_finite"
         self._looked = self._saved = time.monotonic()
         self._told = self._over = False
+        self._last = ""  # name of the last checkpoint
+        # Validations beside the training, one at a time: checkpoints that wait for theirs, and the one that runs.
         self._awaited: list[Path] = []
-        self._metrics: dict[str, float] = {}  # of the last validation that ran elsewhere
+        self._validation: Validation | None = None
+        self._heard = 0.0  # when it last gave a sign of life
+        self._metrics: dict[str, float] = {}  # what the last of them has found
 
     def begin(self, state: Progress, damaged: list[str]) -> None:
         """Say which checkpoints cannot be used, drop what will be logged again, and take up awaited validations."""
-        awaited: list[Path] = []
         if self._leader:
             for problem in damaged:
                 self._log.say(f"warning: {problem}; going on from the one before it")
             self._log.resume(state.step)
-            awaited = checkpoint.awaited(self._job.folder)
-        for folder in agreed(awaited):
-            self._awaited.append(folder)
-            self._world.report({"step": state.step}, folder)
+            self._awaited = checkpoint.awaited(self._job.folder)
 
     def asked(self, state: Progress) -> tuple[bool, bool, bool]:
         """Return rank 0's flags: stop after this step, keep a checkpoint then, end as it gets no better."""
@@ -98,14 +97,19 @@ class Keeper:
         patience = self._job.recipe.eval.patience
         return patience is not None and state.stale >= patience
 
-    def save(self, state: Progress, metrics: Mapping[str, float], awaited: bool = False) -> Path | None:
-        """Keep a checkpoint; return its folder on rank 0 if its validation is awaited.
+    def save(self, state: Progress, metrics: Mapping[str, float], awaited: bool = False) -> None:
+        """Keep a checkpoint.
 
         A disk that is full costs this checkpoint, not the training: the ones before it stay.
+
+        Args:
+            state: where the training stands.
+            metrics: found in a validation of these weights.
+            awaited: validate them beside the training.
         """
         self._saved = time.monotonic()
         if not self._leader:
-            return None
+            return
         epoch = self._job.epoch_of(state.position)
         ends_epoch = epoch > self._job.epoch_of(state.position - self._job.batch_size(self._world.size))
         name = f"checkpoint_{epoch:06d}" + ("" if ends_epoch else f"_{state.step:08d}")
@@ -120,13 +124,21 @@ class Keeper:
                 f"warning: {name} ({size:.0f} MB) cannot be kept: {error.strerror}. The checkpoints before it stay; "
                 f"free the disk of {self._job.folder}"
             )
-            return None
+            return
+        self._last = name
         checkpoint.prune(self._job.folder, self._job.recipe.track.keep_checkpoints)
         if not ends_epoch:
             self._log.say(f"checkpoint: {name}")
         if awaited:
             self._awaited.append(folder)
-        return folder if awaited else None
+
+    def stopped(self, state: Progress) -> None:
+        """Say that the training was told to stop, and what it will go on from."""
+        if self._validation is not None:
+            self._validation.cancel()
+        if self._leader:
+            last = f"from {self._last}" if self._last else "with no checkpoint"
+            self._log.say(f"stopped after step {state.step}; the same command goes on {last}")
 
     def check_last(self, state: Progress) -> None:
         """Make sure that the end of the training is kept.
@@ -191,7 +203,7 @@ class Keeper:
         )
 
     def wait_for_validations(self, state: Progress) -> dict[str, float]:
-        """Wait for the validations that run elsewhere; return the last one's metrics on every rank."""
+        """Wait for the validations beside the training; return the last one's metrics on every rank."""
         said = time.monotonic()
         while agreed(bool(self._awaited)):
             self._world.beat()
@@ -204,19 +216,58 @@ class Keeper:
         return agreed(self._metrics)  # type: ignore[no-any-return]
 
     def _collect(self, state: Progress) -> None:
-        """Take over the results of validations that have ended."""
-        for folder in [folder for folder in self._awaited if (folder / VALIDATED).exists()]:
-            self._awaited.remove(folder)
-            found = checkpoint.read_json(folder / VALIDATED)
-            if "error" in found:
-                self._log.say(f"warning: the validation of {folder.name} failed: {found['error']}")
-                checkpoint.set_metrics(folder, {})
-                continue
-            metrics: dict[str, float] = found["metrics"]
-            self._metrics = metrics
-            self._log.metrics(step=found["step"], epoch=found["epoch"], **metrics, **{"perf/val_s": found["seconds"]})
-            self._log.say(validation_line(f"epoch {found['epoch']}", metrics, found["seconds"]))
+        """Take over what the validation beside the training has found, and start the next."""
+        if not self._awaited:
+            return
+        folder = self._awaited[0]
+        try:
+            came = self._poll(folder)
+        except Exception as error:  # whatever it is, the training goes on without these metrics
+            self._log.say(f"warning: the validation of {folder.name} failed: {user_error(error) or first_line(error)}")
+            self._keep_metrics(folder, {})
+            self._ended(folder)
+            return
+        for item in came:
+            if isinstance(item, str):
+                self._log.say(item)
+            else:
+                self._ended(folder)
+                self._validated(folder, item, state)
+
+    def _poll(self, folder: Path) -> Sequence[str | Validated]:
+        """Return what has come of the validation of a checkpoint, which is started if it has not been."""
+        now = time.monotonic()
+        if self._validation is None:
+            content = checkpoint.read_json(folder / checkpoint.CONFIG)
+            weights = (folder / checkpoint.WEIGHTS).read_bytes()
+            assert self._world.validate is not None
+            self._validation = self._world.validate(weights, content["epoch"], content["step"])
+            self._heard = now
+        came = self._validation.poll()
+        if came:
+            self._heard = now
+        elif now - self._heard > 60 * self._job.recipe.scale.hang_minutes:
+            self._validation.cancel()
+            raise RaydetError(f"no sign of life for {now - self._heard:.0f} s (scale.hang_minutes)")
+        return came
+
+    def _ended(self, folder: Path) -> None:
+        self._validation = None
+        self._awaited.remove(folder)
+
+    def _validated(self, folder: Path, found: Validated, state: Progress) -> None:
+        content = checkpoint.read_json(folder / checkpoint.CONFIG)
+        epoch, step = content["epoch"], content["step"]
+        self._metrics = found.metrics
+        found.logged.replay(self._log)
+        self._log.metrics(step=step, epoch=epoch, **found.metrics, **{"perf/val_s": found.seconds})
+        self._log.say(validation_line(f"epoch {epoch}", found.metrics, found.seconds))
+        self._keep_metrics(folder, found.metrics)
+        self._over = self.judge(state, found.metrics)
+        checkpoint.prune(self._job.folder, self._job.recipe.track.keep_checkpoints)
+
+    def _keep_metrics(self, folder: Path, metrics: Mapping[str, float]) -> None:
+        try:
             checkpoint.set_metrics(folder, metrics)
-            (folder / VALIDATED).unlink()
-            self._over = self.judge(state, metrics)
-            checkpoint.prune(self._job.folder, self._job.recipe.track.keep_checkpoints)
+        except OSError as error:
+            self._log.say(f"warning: the metrics of {folder.name} cannot be kept: {error.strerror}")

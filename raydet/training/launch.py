@@ -25,11 +25,11 @@ from raydet.data.problems import Problems
 from raydet.data.samples import Samples
 from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
+from raydet.devices import pick_device
 from raydet.errors import RaydetError, user_error
 from raydet.mirror import STOP, Mirror, opened
 from raydet.models.reference_weights import other_classes
 from raydet.plot import plot
-from raydet.predict import pick_device
 from raydet.recipe import (
     DetectionVisualizationCallback,
     ExtremeBatchDetectionVisualizationCallback,
@@ -42,6 +42,7 @@ from raydet.results import read_results, write_evaluation
 from raydet.tracking.trackers import tracked
 from raydet.training import checkpoint
 from raydet.training.display import LiveTable, follow
+from raydet.training.elsewhere import Resources
 from raydet.training.evaluate import restored
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.prepare import (
@@ -54,7 +55,7 @@ from raydet.training.prepare import (
     val_samples,
 )
 from raydet.training.run import Job, RunLog
-from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker, validate_elsewhere
+from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
@@ -139,22 +140,21 @@ def train(
     job = make_job(settings, train_index, val_index, model, loss)
     resize = job.config.preprocessing.resize
     streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
+    here = pick_device(device) if debug else None
     with claimed(job.folder, "raydet train"):
         if debug:
             _clear(job.folder)
-            return _train(job, streams, problems, device=pick_device(device), say=say)
-        return _train(job, streams, problems, callbacks=callbacks, verbose=verbose, live=live, say=say)
+        return _train(job, streams, problems, here, callbacks, verbose, live, say)
 
 
 def _train(
     job: Job,
     streams: tuple[Samples, Samples],
     problems: Mapping[str, Problems],
-    *,
-    device: torch.device | None = None,
-    callbacks: Sequence[Any] = (),
-    verbose: bool = False,
-    live: bool = False,
+    device: torch.device | None,
+    callbacks: Sequence[Any],
+    verbose: bool,
+    live: bool,
     say: Callable[[str], Any],
 ) -> Result:
     """Train in the run's folder, which is this command's alone.
@@ -378,14 +378,7 @@ def _on_ray(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
     import ray
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        ValidationConfig,
-        ValidationTaskConfig,
-    )
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     fewest, most = scale.workers
@@ -409,6 +402,7 @@ def _on_ray(
                 if samples is not None
             },
             "data": DataTasks(scale.data_tasks, label_selector(scale.data_label)),
+            "validation": Resources(cpus, int(gpu), scale.worker_resources),
         }
         # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
         notes = job.folder / "ray"
@@ -433,20 +427,8 @@ def _on_ray(
                 name=notes.name,
                 storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
                 callbacks=[_stop_on_user_error(), *callbacks],
             ),
-            validation_config=ValidationConfig(
-                fn=validate_elsewhere,
-                task_config=ValidationTaskConfig(fn_kwargs={"given": given}),
-                ray_remote_kwargs={
-                    "num_cpus": cpus,
-                    "num_gpus": int(gpu),
-                    "resources": scale.worker_resources,
-                },
-            )
-            if scale.async_validation
-            else None,
         )
         return _fit(trainer, job.folder / STOP, say)
 

@@ -71,7 +71,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
     folder, damaged = agreed(checkpoint.latest(job.folder) if leader else None)
     if folder is not None:
         folder = job.folder / folder.name  # each machine may have a copy of its own
-        state, metrics = checkpoint.restore(folder, average.model, model, trained, device)
+        state, metrics = checkpoint.restore(folder, average.model, model, trained)
     keeper = Keeper(job, world, log, average.model, {"model": model, **trained})
     keeper.begin(state, damaged)
     if leader:
@@ -79,6 +79,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
             log.say(line)
 
     val_batches = world.val_batches()
+    beside = recipe.scale.async_validation and world.validate is not None
     meter = Meter(criterion, job, state, device)
     train_mode(model, settings)
     ended = keeper.patience_is_over(state)
@@ -118,21 +119,24 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
             pictures.epoch_ends(epoch, state.step)
             metrics = {}
             validates = job.validates_after(state.position, batch_size)
-            if validates and not recipe.scale.async_validation:
+            if validates and not beside:
                 shown = ValPictures(job, world.rank, log, criterion, epoch, state.step)
                 what = f"epoch {epoch}"
                 metrics = agreed(_validate_average(average.model, val_batches, job, world, log, state, what, shown))
                 ended = keeper.judge(state, metrics)
-            kept = keeper.save(state, metrics, awaited=validates and recipe.scale.async_validation)
-            world.report({"step": state.step, "epoch": epoch, **metrics}, kept)
-        elif interrupted or due:
+            keeper.save(state, metrics, awaited=validates and beside)
+            world.report({"step": state.step, "epoch": epoch, **metrics})
+        elif interrupted or due or ended:
             keeper.save(state, {})
         if ends_epoch or due:
             meter.pause()
         if interrupted or ended:
             break
 
+    # Let go of the stream: it would go on making batches beside what is still to be done.
+    stream.close()
     if interrupted:
+        keeper.stopped(state)
         return Ended(metrics, interrupted=True)
     metrics = keeper.wait_for_validations(state) or metrics
     keeper.check_last(state)

@@ -86,7 +86,8 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
 def val_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     """Return the validation stream's samples."""
     size, data = recipe.data.image_size, recipe.data
-    return Samples(index, (Letterbox(size, resize),), size, data.chunk_size, shuffle=False, on_error=data.on_error)
+    chunk = recipe.eval.batch_size  # a task makes a batch: the ranks end at about the same time
+    return Samples(index, (Letterbox(size, resize),), size, chunk, shuffle=False, on_error=data.on_error)
 
 
 def _own_transform(entry: OwnTransform) -> SampleTransform:

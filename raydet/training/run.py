@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,37 @@ def scaled(size: tuple[int, int], longer: int) -> tuple[int, int]:
     return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What a validation beside the training has found.
+
+    Attributes:
+        metrics: by name, as a line of metrics.jsonl has them.
+        logged: what is to be logged besides, such as the pictures.
+        seconds: duration of the validation.
+    """
+
+    metrics: dict[str, float]
+    logged: Recorder
+    seconds: float
+
+
+class Validation(Protocol):
+    """A validation that runs beside the training."""
+
+    def poll(self) -> Sequence[str | Validated]:
+        """Return what has come since the last call: lines of progress, and at the end the result.
+
+        Raises:
+            Exception: the validation has failed, or its process has died.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End it."""
+        ...
+
+
 class World(Protocol):
     """What surrounds the worker loop: a Ray Train worker group, or a single process."""
 
@@ -99,7 +130,7 @@ class World(Protocol):
     size: int
     device: torch.device
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """Yield this rank's batches of positions start … stop - 1."""
         ...
 
@@ -107,8 +138,14 @@ class World(Protocol):
         """Return what yields this rank's share of the validation images, each time it is called."""
         ...
 
-    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
-        """Report metrics to who watches, and have the checkpoint that `awaited` is validated; all ranks call it."""
+    @property
+    def validate(self) -> Callable[[bytes, int, int], Validation] | None:
+        """What starts a validation beside the training, called with the content of model.safetensors and the numbers
+        of epochs and steps that are done; None: validations cannot run beside the training."""
+        ...
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Report metrics to who watches; all ranks call it."""
         ...
 
     def beat(self) -> None:
@@ -264,16 +301,36 @@ class RunLog:
             print(f"{self._folder / name} ({error.strerror}): {line}", file=sys.stderr)
 
 
+class Recorder:
+    """Takes what is to be logged in a process that has no folder of the run, for rank 0 to log it."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def metrics(self, **values: float) -> None:
+        """See `RunLog.metrics`."""
+        self._calls.append(("metrics", (), values))
+
+    def pictures(self, *given: Any, **named: Any) -> None:
+        """See `RunLog.pictures`."""
+        self._calls.append(("pictures", given, named))
+
+    def replay(self, log: RunLog) -> None:
+        """Log all of it."""
+        for method, given, named in self._calls:
+            getattr(log, method)(*given, **named)
+
+
 class SayWarnings(logging.Handler):
     """Puts raydet's warnings of a worker, such as that no data comes, among the lines of progress."""
 
-    def __init__(self, log: RunLog):
+    def __init__(self, say: Callable[[str], Any]):
         super().__init__(logging.WARNING)
-        self._log = log
+        self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it."""
-        self._log.say(f"warning: {record.getMessage()}")
+        self._say(f"warning: {record.getMessage()}")
 
 
 def _step(line: str) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet.data.batch import Batch
-from raydet.errors import RaydetError
+from raydet.devices import memory_suffices
 from raydet.losses.base import PartialLoss, has_terms
 from raydet.recipe import Train
 
@@ -99,19 +99,15 @@ class Step:
             keep_outputs: return what the model made of the images.
 
         Raises:
-            RaydetError: the GPU's memory is too small for it.
+            RaydetError: the memory of the GPU is too small for it.
         """
         for kind, buffers in self._buffers.items():
             torch._foreach_copy_(self._kept[kind], buffers)
         self._optimizer.zero_grad(set_to_none=True)
         parts = list(self._parts(batch))
-        try:
+        remedy = "set train.micro_batch_size below that, which changes the result little, or lower train.batch_size"
+        with memory_suffices(f"{len(parts[0][0])} images at once", remedy):
             made = self._backward(parts, prepare, keep_outputs)
-        except torch.OutOfMemoryError as error:
-            raise RaydetError(
-                f"the GPU's memory does not hold {len(parts[0][0])} images at once: set train.micro_batch_size below "
-                f"that, which changes the result little, or train.batch_size ({str(error).partition('. ')[0]})"
-            ) from None
         self.scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if made.scale is not None:
@@ -137,7 +133,10 @@ class Step:
         if finite:
             if self._settings.clip_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.clip_grad_norm, norm)
-            self.scaler.step(self._optimizer)
+            with memory_suffices(
+                "the state of the optimizer beside the model", "set train.optimizer=sgd, or choose a smaller model"
+            ):
+                self.scaler.step(self._optimizer)
         else:
             for kind, buffers in self._buffers.items():  # norms have seen what was not finite
                 torch._foreach_copy_(buffers, self._kept[kind])
@@ -238,5 +237,8 @@ def _tensors(outputs: object) -> Iterator[Tensor]:
 
 def _precision(settings: Train, device: torch.device) -> torch.dtype:
     if settings.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        # GPUs before Ampere, such as T4 and V100, only emulate bf16, which is slower than fp32.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.precision]

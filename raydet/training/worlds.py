@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,27 +13,20 @@ import torch
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
 from raydet.data.samples import Samples
 from raydet.data.stream import DataTasks, eval_batches, train_batches
-from raydet.errors import user_error
 from raydet.mirror import worker_folder
 from raydet.outputs import shapes
-from raydet.predict import pick_device
-from raydet.tracking.pictures import ValPictures
 from raydet.tracking.trackers import tracked
-from raydet.training import checkpoint
-from raydet.training.evaluate import evaluate as detect
-from raydet.training.evaluate import metrics_of
-from raydet.training.keeper import VALIDATED
+from raydet.training.elsewhere import RayValidation, Resources
 from raydet.training.loop import Ended, candidates_loop, evaluation_loop, train_loop
-from raydet.training.run import Job, RunLog, SayWarnings
+from raydet.training.run import Job, RunLog, SayWarnings, Validation
 from raydet.training.watchdog import Watchdog
-
-_POINTER = "name"
 
 
 class LocalWorld:
     """A single process without Ray: nothing runs beside the caller's thread, so that a breakpoint stops everywhere."""
 
     rank, size = 0, 1
+    validate = None  # a debugger sees each validation in its turn
 
     def __init__(self, job: Job, train_stream: Samples | None, val_stream: Samples, device: torch.device):
         self.device = device
@@ -45,7 +34,7 @@ class LocalWorld:
         self._folder = job.folder
         self._train, self._val = train_stream, val_stream
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """See World."""
         assert self._train is not None
         return local_train_batches(self._train, start, stop, self._job.recipe.train.batch_size)
@@ -54,7 +43,7 @@ class LocalWorld:
         """See World."""
         return lambda: local_eval_batches(self._val, self._job.recipe.eval.batch_size)
 
-    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
+    def report(self, metrics: dict[str, float]) -> None:
         """See World. Nobody else watches."""
 
     def beat(self) -> None:
@@ -93,10 +82,12 @@ class LocalWorld:
 class RayWorld:
     """A worker of a Ray Train run."""
 
-    def __init__(self, job: Job, sources: dict[str, Any], data_tasks: DataTasks, beat: Callable[[], None]):
+    def __init__(self, given: dict[str, Any], job: Job, beat: Callable[[], None]):
         import ray
         import ray.train
         import ray.train.torch
+
+        sources: dict[str, Any] = given["sources"]
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -106,7 +97,9 @@ class RayWorld:
         self.beat = beat
         self._sources = sources
         self._samples: dict[str, Samples] = {split: ray.get(source) for split, source in sources.items()}
-        self._data_tasks = data_tasks
+        self._job_reference = given["job"]
+        self._data_tasks: DataTasks = given["data"]
+        self._resources: Resources = given["validation"]
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
@@ -114,7 +107,7 @@ class RayWorld:
 
         return broadcast_from_rank_zero(value)
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """See World."""
         return train_batches(
             self._sources["train"],
@@ -138,17 +131,16 @@ class RayWorld:
             pin_memory=self.device.type == "cuda",
         )
 
-    def report(self, metrics: dict[str, float], awaited: Path | None) -> None:
+    def report(self, metrics: dict[str, float]) -> None:
         """See World."""
         import ray.train
 
-        if awaited is None:
-            ray.train.report(metrics)
-            return
-        # The checkpoint lies where it belongs. What Ray keeps, and gives to the validation, is its name.
-        with tempfile.TemporaryDirectory() as pointer:
-            Path(pointer, _POINTER).write_text(awaited.name)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(pointer), validation=True)
+        ray.train.report(metrics)
+
+    def validate(self, weights: bytes, epoch: int, step: int) -> Validation:
+        """See World."""
+        given = self._job_reference, self._sources["val"], self._data_tasks, self._resources
+        return RayValidation(*given, weights, epoch, step)
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """See World."""
@@ -168,7 +160,7 @@ def train_worker(given: dict[str, Any]) -> Ended:
         log = _worker_log(job)
         stacks = job.folder / f"hang_rank_{rank}.txt"
         watchdog = stack.enter_context(Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say))
-        world = RayWorld(job, given["sources"], given["data"], watchdog.beat)
+        world = RayWorld(given, job, watchdog.beat)
         stack.enter_context(tracked(job, log, world.rank))
         return train_loop(job, world, log)
 
@@ -187,56 +179,11 @@ def _surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
     import ray
 
     job: Job = ray.get(given["job"])
-    world = RayWorld(job, given["sources"], given["data"], beat=lambda: None)
+    world = RayWorld(given, job, beat=lambda: None)
     return job, world, _worker_log(job)
-
-
-class _Alone:
-    """The only rank of a validation that runs beside the training."""
-
-    rank, size = 0, 1
-
-    def share(self, value: Any) -> Any:
-        """See `raydet.data.stream.Ranks`."""
-        return value
-
-
-def validate_elsewhere(pointer: Any, given: dict[str, Any]) -> dict[str, float]:
-    """Run in a task of Ray Train's: validate a checkpoint, and leave the result in its folder for rank 0."""
-    import ray
-
-    job: Job = ray.get(given["job"])
-    with pointer.as_directory() as kept:
-        folder = job.folder / Path(kept, _POINTER).read_text()
-    began = time.monotonic()
-    result: dict[str, Any]
-    try:
-        content = checkpoint.read_json(folder / checkpoint.CONFIG)
-        device = pick_device(None)
-        model = checkpoint.load_model(folder, job.config, job.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batches = eval_batches(
-            given["sources"]["val"],
-            ray.get(given["sources"]["val"]),
-            job.recipe.eval.batch_size,
-            _Alone(),
-            tasks=given["data"],
-            pin_memory=device.type == "cuda",
-        )()
-        log = RunLog(job.folder)
-        pictures = ValPictures(job, 0, log, job.criterion.to(device), content["epoch"], content["step"])  # type: ignore[union-attr]
-        settings = job.config.preprocessing, job.recipe.eval, device
-        found = detect(model, batches, job.val_index, *settings, log.say, pictures)
-        metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, found).items()}
-        result = {"metrics": metrics, "step": content["step"], "epoch": content["epoch"]}
-    except Exception as error:  # whatever it is, the training waits for an answer
-        metrics, result = {}, {"error": f"{type(error).__name__}: {user_error(error) or error}"}
-    partial = folder / f"{VALIDATED}.partial"
-    partial.write_text(json.dumps({**result, "seconds": time.monotonic() - began}))
-    partial.replace(folder / VALIDATED)
-    return metrics
 
 
 def _worker_log(job: Job) -> RunLog:
     log = RunLog(job.folder)
-    logging.getLogger("raydet").addHandler(SayWarnings(log))
+    logging.getLogger("raydet").addHandler(SayWarnings(log.say))
     return log

@@ -17,6 +17,7 @@ from torch import nn
 from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.batch import Batch
 from raydet.data.index import Index
+from raydet.data.parquet import read_parquet
 from raydet.errors import RaydetError
 from raydet.matching import Boxes, Ints
 from raydet.postprocess import Candidates, PostPrediction
@@ -70,7 +71,7 @@ def collect(
 
 def keep(parts: Path, file: Path) -> None:
     """Join the parts that the ranks have written to one file, which appears whole."""
-    tables = [pq.read_table(path) for path in sorted(parts.glob("part-*.parquet"))]
+    tables = [read_parquet(path) for path in sorted(parts.glob("part-*.parquet"))]
     table = pa.concat_tables(tables).sort_by("row")
     partial = parts / "candidates.parquet"
     pq.write_table(table, partial, compression="zstd")
@@ -94,7 +95,7 @@ class CandidateSet:
 
     def __init__(self, file: Path, index: Index, size: tuple[int, int], resize: Any):
         try:
-            table = pq.read_table(file).combine_chunks()
+            table = read_parquet(file).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise RaydetError(f"{file} cannot be read: {error}; remove it to compute it again") from None
         if table["row"].to_pylist() != list(range(len(index))):

@@ -25,6 +25,7 @@ CASES = {
     "restarted in mid-chunk, 1 task, in two segments": {"tasks": 1, "start": 208, "segment_chunks": 1},
     "segments of two chunks": {"tasks": 3, "start": 0, "segment_chunks": 2},
     "a batch that divides neither chunk nor segment": {"tasks": 3, "start": 48, "segment_chunks": 2, "batch": 48},
+    "restarted at an odd position, a batch of 10 a rank": {"tasks": 3, "start": 37, "batch": 20, "stop": 337},
 }
 RUNS = [(2, case) for case in CASES] + [(1, case) for case, how in CASES.items() if how["tasks"] == 1 or "batch" in how]
 
@@ -68,7 +69,7 @@ def indices(shapes):
 def reference(settings, indices):
     """Position → digest, made in this process."""
     samples = train_samples(settings(1), indices[0], "pad_bottom_right")
-    return dict(entry for batch in local_train_batches(samples, 0, STOP, 16) for entry in digests(batch))
+    return dict(entry for batch in local_train_batches(samples, 0, STOP + 16, 16) for entry in digests(batch))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,10 @@ def streams(settings, indices):
             stream.SEGMENT_CHUNKS = case.get("segment_chunks", 2000)
             train = job.recipe.train.model_copy(update={"batch_size": case.get("batch", GLOBAL_BATCH)})
             recipe = job.recipe.model_copy(update={"train": train})
-            world = RayWorld(replace(job, recipe=recipe), given["sources"], DataTasks(case["tasks"]), beat)
-            seen.append([digests(batch) for batch in world.train_batches(case["start"], STOP)])
-        world = RayWorld(job, given["sources"], DataTasks(3), beat)
+            world = RayWorld({**given, "data": DataTasks(case["tasks"])}, replace(job, recipe=recipe), beat)
+            batches = world.train_batches(case["start"], case.get("stop", STOP))
+            seen.append([digests(batch) for batch in batches])
+        world = RayWorld({**given, "data": DataTasks(3)}, job, beat)
         val_batches = world.val_batches()
         rows = [[row for batch in val_batches() for row in batch.rows.tolist()] for _ in range(2)]
         everyone = [None] * world.size
@@ -117,15 +119,15 @@ def streams(settings, indices):
 @pytest.mark.parametrize(("workers", "case"), RUNS)
 def test_step_k_is_positions_kg_to_k_plus_1_g_and_the_same_samples_everywhere(streams, reference, workers, case):
     number = [other for count, other in RUNS if count == workers].index(case)
-    start = CASES[case]["start"]
+    start, stop = CASES[case]["start"], CASES[case].get("stop", STOP)
     batch_size = CASES[case].get("batch", GLOBAL_BATCH)
     ranks = [seen[number] for seen, _ in streams[workers]]
     assert len(ranks) == workers
-    assert {len(steps) for steps in ranks} == {(STOP - start) // batch_size}
-    for step, batches in enumerate(zip(*ranks, strict=True), start=start // batch_size):
+    assert {len(steps) for steps in ranks} == {(stop - start) // batch_size}
+    for step, batches in enumerate(zip(*ranks, strict=True)):
         assert {len(batch) for batch in batches} == {batch_size // workers}
         samples = dict(entry for batch in batches for entry in batch)
-        due = range(step * batch_size, (step + 1) * batch_size)
+        due = range(start + step * batch_size, start + (step + 1) * batch_size)
         assert sorted(samples) == list(due)
         assert all(samples[position] == reference[position] for position in due)
 

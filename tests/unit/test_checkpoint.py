@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from raydet import models
 from raydet.errors import RaydetError
@@ -26,7 +27,6 @@ CONFIG = Config(
     thresholds=Eval(score=0.05, iou=0.5),
     licence="Apache-2.0 (Megvii)",
 )
-CPU = torch.device("cpu")
 
 
 def trained(seed):
@@ -79,7 +79,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path, state):
     metrics = {"val/mAP@0.50:0.95": 0.25}
     checkpoint.write(tmp_path / "c", files(state, metrics, epoch=3))
     model, average, optimizer = trained(1)
-    progress, found = checkpoint.restore(tmp_path / "c", average, model, {"optimizer": optimizer}, CPU)
+    progress, found = checkpoint.restore(tmp_path / "c", average, model, {"optimizer": optimizer})
     assert progress == Progress(position=24, step=6, best=0.5, stale=1)
     assert found == metrics
     for ours, theirs in zip(state[:2], (model, average), strict=True):
@@ -94,6 +94,21 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path, state):
     assert not loaded.training
     for name, tensor in state[1].named_parameters():
         assert torch.equal(tensor, loaded.get_parameter(name)), "the weights to use are the average"
+
+
+def test_the_optimizer_keeps_its_count_of_steps_on_the_cpu(tmp_path, state):
+    """As a fresh AdamW does: from a GPU, for which the meta device stands here, each step would wait for it."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(1, 2)).sum().backward()
+    optimizer.step()
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.write(tmp_path / "c", checkpoint.pack(CONFIG, model, states, Progress(), 1, {}))
+    elsewhere = nn.Linear(2, 2, device="meta")
+    resumed = torch.optim.AdamW(elsewhere.parameters())
+    checkpoint.restore(tmp_path / "c", nn.Linear(2, 2), elsewhere, {"optimizer": resumed})
+    devices = {key: {state[key].device.type for state in resumed.state.values()} for key in ("step", "exp_avg")}
+    assert devices == {"step": {"cpu"}, "exp_avg": {"meta"}}
 
 
 def test_a_run_s_best_checkpoint_is_found_by_its_map(run):

@@ -50,6 +50,8 @@ DATA_NODE = {"CPU": 32, "labels": {"raydet": "data"}}
         ([{"CPU": 8}], {"num_workers": 3}, (False, 2)),
         ([{"CPU": 8}, {"CPU": 8}], {"num_workers": (1, 2)}, (False, 7)),
         ([GPU_NODE], {"num_workers": 8}, (True, 1)),
+        ([GPU_NODE], {"num_workers": (2, 16)}, (True, 1)),
+        ([GPU_NODE], {"num_workers": 9, "gpu": False}, (False, 1)),
         # Where other nodes make the samples, the workers' nodes need no spare CPU.
         ([{"CPU": 4, "GPU": 4}, DATA_NODE], {"num_workers": 4, "data_label": "raydet=data"}, (True, 1)),
         (
@@ -85,8 +87,12 @@ def test_nodes_that_an_autoscaler_may_start_count(on, limits, scale, expected):
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        ({"num_workers": 9, "gpu": True}, "num_workers is 9, but there are 8 GPUs; or set scale.gpu=false"),
-        ({"num_workers": 50}, "50 times 1 CPUs leave no CPU of the cluster's 48"),
+        ({"num_workers": 9, "gpu": True}, "num_workers is 9: that takes 9 .* has 8: .* set scale.gpu=false"),
+        # A cluster with GPUs trains on its CPUs only if it is told to.
+        ({"num_workers": 9}, "num_workers is 9: that takes 9 .* the cluster has 8"),
+        ({"num_workers": 8, "async_validation": True}, "async_validation true: that takes 9 .* the cluster has 8"),
+        ({"num_workers": (9, 16)}, r"num_workers is \(9, 16\): that takes 9 .* the cluster has 8"),
+        ({"num_workers": 50, "gpu": False}, "50 times 1 CPUs leave no CPU of the cluster's 48"),
         ({"data_label": "raydet=dat"}, "scale.data_label: no node has the label: ray start --labels=raydet=dat"),
         ({"worker_resources": {"y": 2}}, "scale.worker_resources: no node has {'y': 2.0}: ray start --resources"),
     ],
@@ -231,8 +237,9 @@ def test_trials_share_the_cluster(on, cluster, scale, concurrent, expected):
 @pytest.mark.parametrize(
     ("cluster", "scale", "concurrent", "message"),
     [
-        ({"CPU": 64, "GPU": 2}, {"gpu": True}, 3, "tune.concurrent 3, but there are 2 GPUs"),
-        ({"CPU": 64, "GPU": 2}, {"gpu": True, "gpu_share": 0.5}, 5, "tune.concurrent 5, but there are 2 GPUs"),
+        ({"CPU": 64, "GPU": 2}, {}, 3, "tune.concurrent 3: that takes 3 .* the cluster has 2"),
+        ({"CPU": 64, "GPU": 2}, {"num_workers": 3}, None, "num_workers is 3: that takes 3 .* the cluster has 2"),
+        ({"CPU": 64, "GPU": 2}, {"gpu_share": 0.5}, 5, "tune.concurrent 5: that takes 2.5 .* the cluster has 2"),
         ({"CPU": 4}, {"cpus_per_worker": 2}, 2, "leave no CPU of the cluster's 4 for the data tasks"),
     ],
 )

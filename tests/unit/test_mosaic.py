@@ -320,7 +320,11 @@ def test_blocks_hold_the_plan_of_each_position_however_they_are_cut(shapes_index
     transforms = (Mosaic(1.0, Letterbox(size)), RandomAffine(size, 10, 0.1, (0.1, 2.0), 2), Mixup(0.5, size))
     samples = Samples(shapes_index, transforms, size)
     rows = samples.rows(0, 64).tolist()  # more than an epoch
-    made = [sample for block in samples.blocks(*part) for sample in block.drop_columns(["image"]).to_pylist()]
+    made = [
+        sample
+        for block in samples.blocks(range(*part[:2]), part[2])
+        for sample in block.drop_columns(["image"]).to_pylist()
+    ]
     assert [sample["position"] for sample in made] == list(range(*part[:2]))
     for sample in made:
         planned = samples.plan(sample["position"], rows)

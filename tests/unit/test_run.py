@@ -48,7 +48,7 @@ def test_lines_of_text_are_kept_and_echoed(tmp_path):
 
 
 def test_a_worker_s_warnings_are_among_its_lines(tmp_path):
-    logger, handler = logging.getLogger("raydet.data.stream"), SayWarnings(RunLog(tmp_path))
+    logger, handler = logging.getLogger("raydet.data.stream"), SayWarnings(RunLog(tmp_path).say)
     logging.getLogger("raydet").addHandler(handler)
     try:
         logger.info("nothing to see")

@@ -166,6 +166,20 @@ def test_a_broken_image_is_skipped_and_listed_and_another_takes_its_place(folder
     assert all((a == b).all() for a, b in zip(again, found, strict=True))
 
 
+def test_images_that_earlier_attempts_failed_on_are_not_read_again(folder_with_broken):
+    """They are named as others that cannot be read, and where they are skipped, others take their place."""
+    good = folder_with_broken.take(np.array([0, 1, 2, 4]))
+    failed = {2: "a process that decodes it dies"}
+    samples = Samples(good, (Letterbox(SIZE),), SIZE, 4)
+    with pytest.raises(RaydetError, match=r"/2\.jpg: a process that decodes it dies"):
+        list(samples.blocks(range(4), failed=failed))
+    (block,) = replace(samples, on_error="skip").blocks(range(4), failed=failed)
+    assert [[error.split("/")[-1] for error in errors] for errors in block["errors"].to_pylist()] == [
+        ["2.jpg: a process that decodes it dies"],
+        *([[]] * 3),
+    ]
+
+
 def test_in_validation_a_broken_image_is_grey_and_keeps_its_place(folder_with_broken):
     samples = Samples(folder_with_broken, (Letterbox(SIZE),), SIZE, 16, shuffle=False, on_error="skip")
     (batch,) = local_eval_batches(samples, 16)

@@ -11,12 +11,14 @@ from torch import nn
 
 from raydet import models
 from raydet.data.batch import Batch
+from raydet.errors import RaydetError
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models import Detector, YoloXHead
 from raydet.models.blocks import Conv
 from raydet.recipe import Train
+from raydet.training.evaluate import run
 from raydet.training.optimization import make_optimizer
-from raydet.training.step import Step
+from raydet.training.step import Step, _precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -461,7 +463,8 @@ def test_half_precision_computes_nearly_the_same_and_learns(precision, size):
     losses, (exact,) = _losses(12, precision=precision, micro_batch_size=size), _losses(1, precision="fp32")
     assert losses[0] != exact, "it is not single precision"
     assert losses[0] == pytest.approx(exact, rel=0.01)
-    assert losses[-1] < 0.9 * losses[0]
+    # The lowest, not the last: the loss swings at this learning rate, on each kind of CPU at other steps.
+    assert min(losses) < 0.75 * losses[0]
 
 
 def _in_fp16(scale, size=None):
@@ -582,3 +585,50 @@ def test_targets_and_images_reach_the_model_as_they_were_prepared():
     step, _ = make_step(model, criterion_of(model, YoloXDetectionLoss), micro_batch_size=3)
     assert step(some_batch(5), halve).finite
     assert seen == [(3, 3, SIDE // 2, SIDE // 2), (2, 3, SIDE // 2, SIDE // 2)]
+
+
+# ---------------------------------------------------------------- GPUs, as far as a CPU can tell
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "expected"),
+    [("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16)],
+)
+def test_automatic_precision_is_one_that_the_device_computes_in(device, has_bf16, expected, monkeypatch):
+    """Of a T4 or V100 torch says that it supports bf16, which it emulates."""
+    supported = lambda including_emulation=True: has_bf16 or including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert _precision(Train(precision="auto"), torch.device(device)) == expected
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB.")
+
+
+def raises_out_of_memory(*arguments, **named):
+    raise OUT_OF_MEMORY
+
+
+def test_a_batch_that_a_gpu_cannot_hold_is_the_user_s_error():
+    model = some_model("yolox_n")
+    step, _ = make_step(model, criterion_of(model, YoloXFastDetectionLoss))
+    message = r"does not hold 4 images at once: set train.micro_batch_size .* \(CUDA out of memory\)"
+    with pytest.raises(RaydetError, match=message):
+        step(some_batch(4), raises_out_of_memory)
+
+
+def test_an_optimizer_that_a_gpu_cannot_hold_is_the_user_s_error(monkeypatch):
+    """AdamW makes its state in the first step, when forward and backward have gone well."""
+    model = some_model("yolox_n")
+    step, optimizer = make_step(model, criterion_of(model, YoloXFastDetectionLoss))
+    monkeypatch.setattr(optimizer, "step", raises_out_of_memory)
+    with pytest.raises(RaydetError, match="does not hold the state of the optimizer beside the model"):
+        step(some_batch(4), preparation(model))
+
+
+def test_a_validation_that_a_gpu_cannot_hold_is_the_user_s_error(shapes_index):
+    class Large(nn.Module):
+        forward = raises_out_of_memory
+
+    preprocessing = models.family_of("yolox_n").preprocessing
+    with pytest.raises(RaydetError, match=r"does not hold 4 images of a validation at once: lower eval\.batch_size"):
+        list(run(Large(), [some_batch(4)], shapes_index, preprocessing, list, CPU, print))

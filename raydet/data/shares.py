@@ -1,0 +1,84 @@
+"""Who gets which positions: the steps of a training over its ranks, and the ranks over streams.
+
+Step k of a stretch of the training trains on positions start + k·G to start + (k + 1)·G. Each rank gets B consecutive
+ones of them (G = B · ranks). A stream feeds some of the ranks: it makes the positions of all of these, which are
+consecutive too. Tasks make them by the chunk, so that a sample is the same whoever makes it. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The positions that one stream makes for its ranks.
+
+    Attributes:
+        start: first position of the stretch.
+        stop: end of the stretch, whole steps after its start.
+        batch_size: B, positions of a rank in a step.
+        ranks: number of ranks that train together.
+        first: the first rank that the stream feeds.
+        fed: number of ranks that it feeds.
+        chunk_size: positions of a chunk.
+    """
+
+    start: int
+    stop: int
+    batch_size: int
+    ranks: int
+    first: int
+    fed: int
+    chunk_size: int
+
+    @property
+    def step(self) -> int:
+        """G, positions of a step."""
+        return self.batch_size * self.ranks
+
+    def chunks(self) -> Array:
+        """Return the numbers of the chunks that hold some of the positions, ascending."""
+        numbers = np.arange(self.start // self.chunk_size, -(-self.stop // self.chunk_size))
+        low = np.maximum(numbers * self.chunk_size, self.start) - self.start
+        high = np.minimum((numbers + 1) * self.chunk_size, self.stop) - self.start
+        begin, size = self.first * self.batch_size, self.fed * self.batch_size
+        # The first step whose part of the stream ends behind the chunk's beginning: does it begin before its end?
+        step = np.maximum((low - begin - size) // self.step + 1, 0)
+        needed: Array = numbers[step * self.step + begin < high]
+        return needed
+
+    def positions(self, chunk: int) -> Array:
+        """Return the positions in a chunk that the stream makes, ascending."""
+        low, high = chunk * self.chunk_size, (chunk + 1) * self.chunk_size
+        every = np.arange(max(low, self.start), min(high, self.stop))
+        return every[(self.rank(every) >= self.first) & (self.rank(every) < self.first + self.fed)]
+
+    def rank(self, positions: Array) -> Array:
+        """Return the rank that trains on each position."""
+        return (positions - self.start) % self.step // self.batch_size
+
+    def takers(self, chunk: int) -> set[int]:
+        """Return the ranks that get some of a chunk."""
+        return set(self.rank(self.positions(chunk)).tolist())
+
+    def runs(self, chunk: int, rank: int) -> Iterator[slice]:
+        """Yield which of `positions(chunk)` a rank gets, a slice for each step."""
+        positions = self.positions(chunk)
+        mine = np.flatnonzero(self.rank(positions) == rank)
+        steps = (positions[mine] - self.start) // self.step
+        edges = np.flatnonzero(np.diff(steps, prepend=-1, append=-1))
+        for begin, end in pairwise(edges.tolist()):
+            yield slice(int(mine[begin]), int(mine[end - 1]) + 1)
+
+    def batch(self, number: int, rank: int) -> Array:
+        """Return the positions that a rank trains on in the number-th step."""
+        begin = self.start + number * self.step + rank * self.batch_size
+        return np.arange(begin, begin + self.batch_size)
