@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,8 +15,8 @@ from rich.progress import track
 from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.predict import Stream
-from raydet.sources import IMAGE_SUFFIXES, Image, Source, open_source
-from raydet.visualization import write_video
+from raydet.sources import Image, Source, open_source
+from raydet.visualization import PICTURE_SUFFIXES, write_video
 
 RESULTS = "detections.json"
 
@@ -90,10 +91,11 @@ def save(stream: Stream, target: Target) -> Saved:
         stems = [Path(name).stem for name in target.names.values()]
         is_numbered = len({int(stem) for stem in stems if stem.isdecimal()}) == len(stems)
         numbers = {name: number for number, name in enumerate(target.names, start=1)}
+        alike = Counter((target.out / name).with_suffix("") for name in target.names.values())
         for found in track(stream, "detecting", total=len(numbers)):
             name = target.names[found.picture.name]
             path = target.out / name
-            found.save(path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_suffix(".jpg"))
+            found.save(_written_as(path, is_only=alike[path.with_suffix("")] == 1))
             image_id = int(path.stem) if is_numbered else numbers[found.picture.name]
             results += [{**entry, "file_name": name} for entry in found.to_coco(image_id)]
             images += 1
@@ -102,6 +104,13 @@ def save(stream: Stream, target: Target) -> Saved:
         summary += f"; {len(stream.failed)} could not be read"
     Store(target.out).write(RESULTS, json.dumps(results).encode())
     return Saved(images, stream.failed, summary)
+
+
+def _written_as(path: Path, *, is_only: bool) -> Path:
+    """Return the path for the picture of an image: as a JPEG, if pictures are not written in the image's format."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return path
+    return path.with_suffix(".jpg") if is_only else path.with_name(f"{path.name}.jpg")  # a.gif and a.jpg
 
 
 def _frames(stream: Stream, name: str, results: list[dict[str, Any]]) -> Iterator[Image]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,16 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from raydet.data.problems import Problems
 from raydet.data.render import decode, imread
-from raydet.data.store import is_uri
+from raydet.data.scan import IMAGE_SUFFIXES, list_images, sift
+from raydet.data.store import SYSTEM_FOLDERS, Store, is_uri
 from raydet.errors import RaydetError
+
+logger = logging.getLogger(__name__)
 
 Image = npt.NDArray[np.uint8]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 _TIMEOUT_S = 30.0  # of a web server
 _FPS = 25.0  # of what does not say
@@ -142,25 +147,30 @@ def open_source(source: Any) -> Source:
 def image_files(source: str | Path) -> list[Path]:
     """Return the image files meant by a path: itself, all below a folder, or those that fit a pattern, sorted.
 
+    What is hidden is left out, unless the pattern names it. Of files that are no images a warning is logged.
+
     Raises:
         RaydetError: there are none.
     """
-    path = Path(source)
+    path, problems = Path(source), Problems("skip", sys.maxsize)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [entry for entry in path.rglob("*") if _is_image(entry)]
+        found = [path / name for name in list_images(Store(path), "", problems)]
     elif any(letter in str(source) for letter in "*?["):
-        found = [entry for entry in map(Path, glob(str(source), recursive=True)) if _is_image(entry)]
+        unwanted = SYSTEM_FOLDERS.difference(path.parts)  # names with a dot are hidden from patterns too
+        matched: dict[Path, str] = {}
+        for name in sorted(glob(str(source), recursive=True), key=len):  # ** also goes through links that lead back
+            if Path(name).is_file() and unwanted.isdisjoint(Path(name).parts):
+                matched.setdefault(Path(name).parent.resolve() / Path(name).name, name)
+        found = [Path(name) for name in sift(matched.values(), problems)]
     else:
         raise RaydetError(f"{source}: no such file or folder")
+    for told in (*problems.messages, *problems.notices):
+        logger.warning("%s", told)
     if not found:
         raise RaydetError(f"{source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(found)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _open_path(source: str) -> Source:

@@ -18,6 +18,8 @@ from raydet.errors import RaydetError
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # that pictures are written as
+
 _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bits
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them

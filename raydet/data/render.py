@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -271,9 +272,25 @@ def _reduction(scale: float) -> int:
 
 def _imdecode(content: bytes, flags: int) -> Any:
     try:
+        if content[4:12] in (b"ftypavif", b"ftypavis"):
+            return _decode_avif(content, flags)
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:  # more pixels than OpenCV takes, or than there is memory for
         return None
+
+
+def _decode_avif(content: bytes, flags: int) -> Any:
+    """Decode by Pillow: OpenCV does not turn the image as the file's header says."""
+    from PIL import Image, ImageOps
+
+    reduction = next((factor for factor, flag in _REDUCED.items() if flags & ~cv2.IMREAD_IGNORE_ORIENTATION == flag), 1)
+    try:  # Pillow raises whatever broken bytes lead it to
+        with Image.open(io.BytesIO(content)) as image:
+            upright = image if flags & cv2.IMREAD_IGNORE_ORIENTATION else ImageOps.exif_transpose(image)
+            pixels = np.asarray(upright.convert("RGB").reduce(reduction))
+    except Exception:
+        return None
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def _has_size(image: Array, size: tuple[int, int], reduction: int) -> bool:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.data.index import Index
+from raydet.data.problems import Notice
 from raydet.data.render import decode
 from raydet.data.scan import present
 from raydet.data.store import store
@@ -159,6 +160,7 @@ def inspect(
     splits: Mapping[str, Index],
     problems: Mapping[str, Sequence[str]],
     *,
+    notices: Mapping[str, Sequence[Notice]] | None = None,
     image_size: tuple[int, int] = (640, 640),
     decoded: Mapping[str, Sequence[Decoded]] | None = None,
     augmented: Batch | None = None,
@@ -170,6 +172,7 @@ def inspect(
         root: the data set's folder or URI.
         splits: name → images; the first is the one to train on.
         problems: name → records that its loader had to leave out; or why it could not be read, if it is no split.
+        notices: name → what its loader takes for a mistake.
         image_size: (height, width) of the model's input in pixels, which tells what is tiny.
         decoded: name → what `decode_all` gives.
         augmented: samples as the model will get them.
@@ -178,6 +181,10 @@ def inspect(
     decoded = decoded or {}
     statistics = {split: measure(index) for split, index in splits.items()}
     findings = [*_records(splits, problems, decoded), *_classes(statistics), *_copies(splits, decoded)]
+    for split, told in (notices or {}).items():
+        findings += [
+            Finding("warning", split, each.what, each.count, each.remedy, tuple(each.records)) for each in told
+        ]
     for split, index in splits.items():
         findings += [*_files(split, index), *_boxes(split, index, image_size)]
     findings = [finding for finding in findings if finding.count]

@@ -318,6 +318,32 @@ def test_files_are_found_below_a_folder(tmp_path):
     assert image_files(tmp_path / "b.PNG") == [tmp_path / "b.PNG"]
 
 
+def test_what_is_hidden_is_left_out_and_what_is_no_image_is_counted(tmp_path, caplog):
+    for name in ("a.jfif", ".a.jpg", "._a.jpg", "@eaDir/a.jpg/T.jpg", ".thumbs/b.jpg", "sub/b.AVIF", "sub/c.heic", "d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "caf\udce9.jpg").write_bytes(b"")
+    (tmp_path / "sub/back").symlink_to(tmp_path)
+    for source, other in ((tmp_path, "d"), (f"{tmp_path}/**", f"{tmp_path}/d")):
+        caplog.clear()
+        assert image_files(source) == [tmp_path / "a.jfif", tmp_path / "sub/b.AVIF"]
+        assert f"left out: 2 files that are no images raydet decodes, such as {other}" in caplog.text
+        assert r"caf\xe9.jpg: the name is not UTF-8" in caplog.text
+    assert image_files(f"{tmp_path}/.*.jpg") == [tmp_path / "._a.jpg", tmp_path / ".a.jpg"]  # they are meant
+    assert image_files(f"{tmp_path}/@eaDir/*/*") == [tmp_path / "@eaDir/a.jpg/T.jpg"]
+
+
+def test_pictures_of_formats_that_are_not_written_are_jpeg(predictor, photo, tmp_path):
+    for name in ("a.jpg", "a.gif", "b.jp2", "c.jfif", "inner/c.JPE"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {".gif": "GIF", ".jp2": "JPEG2000"}.get(name[-4:], "JPEG")
+        PIL.Image.open(photo[0]).save(tmp_path / "photos" / name, kind)
+    target = open_target(str(tmp_path / "photos"), tmp_path / "out")
+    assert save(predictor.stream(target.source), target).images == 5
+    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.jpg"))
+    assert written == ["a.gif.jpg", "a.jpg", "b.jpg", "c.jpg", "inner/c.jpg"]
+
+
 def test_missing_images_and_devices_are_named(tmp_path):
     with pytest.raises(RaydetError, match="no such file or folder"):
         image_files(tmp_path / "none")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from raydet.data import report
 from raydet.data.index import make_index
-from raydet.data.report import CELLS, decode_all, inspect, measure
+from raydet.data.problems import Notice
+from raydet.data.report import CELLS, Finding, decode_all, inspect, measure
 from raydet.data.report_page import render
 from tests.command import raydet
 
@@ -244,6 +245,12 @@ def test_records_that_were_left_out_are_counted_and_the_worst_comes_first(folder
     page = render(inspect("data", {"train": index}, problems))
     assert "a.txt: line 9 is broken" in page
     assert "and 15 more" in page
+
+
+def test_notices_are_findings(folder):
+    notice = Notice("6 images have no label file", "they are background", 6, ["a.jpg", "b.jpg"])
+    found = inspect("data", {"train": files(folder, "0.jpg")}, {}, notices={"train": [notice]}).findings
+    assert Finding("warning", "train", notice.what, 6, notice.remedy, ("a.jpg", "b.jpg")) in found
 
 
 def test_a_split_that_cannot_be_read_is_an_error_beside_the_other(folder):
