@@ -158,10 +158,10 @@ def recipes(
 def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:
     """Return the recipe whose data section says what a folder, its URI or a recipe means; a folder's has no name."""
     from raydet.data.store import is_uri
-    from raydet.recipe import Recipe, load, shipped
+    from raydet.recipe import Recipe, load, override, shipped
 
     if is_uri(data) or Path(data).expanduser().is_dir():
-        return load(recipe or Recipe(), [f"data.root={data}", *overrides])
+        return load(recipe or Recipe(), [override("data.root", data), *overrides])
     if recipe is None and (data in shipped() or Path(data).is_file()):
         return load(data, overrides)
     raise RaydetError(f"{data} is neither a folder nor the URI of one{'' if recipe else ' nor a recipe'}")

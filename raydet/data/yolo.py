@@ -15,7 +15,7 @@ import yaml
 from raydet.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from raydet.data.index import Array, Index, index_of_images
 from raydet.data.problems import Problems
-from raydet.data.scan import counted, each, list_images, image_sizes, is_image, legible, present
+from raydet.data.scan import counted, each, image_sizes, is_image, legible, list_images, present
 from raydet.data.store import Store, is_hidden
 from raydet.errors import RaydetError
 

@@ -361,6 +361,14 @@ def test_a_data_set_without_a_validation_split_is_shown_too(shapes, tmp_path):
     assert "nothing.json" in (tmp_path / "inspect.html").read_text()
 
 
+def test_a_folder_s_name_is_taken_as_it_is_typed(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "batch #2")
+    (tmp_path / "batch").mkdir()
+    done = raydet("inspect", "batch #2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ["images", "40", "24"] in [line.split() for line in done.stdout.replace("│", " ").splitlines()]
+
+
 def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
     copy = shutil.copytree(shapes, tmp_path / "copy")
     file = copy / "annotations" / "instances_train.json"
@@ -379,10 +387,14 @@ def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
         (["demo", "--recipe", "demo"], "demo is neither a folder nor the URI of one"),
         (["{shapes}", "--out", "{shapes}"], "cannot be written"),
         (["{shapes}", "data.rooot=x"], "did you mean data.root?"),
+        (["{data_yaml}"], "data.yaml describes a data set and is no recipe: name its folder"),
     ],
 )
 def test_a_mistake_is_one_line(shapes, tmp_path, arguments, message):
-    done = raydet("inspect", *(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
+    data_yaml = tmp_path / "data.yaml"
+    data_yaml.write_text("train: images\nnames: [a]")
+    arguments = [argument.format(shapes=shapes, data_yaml=data_yaml) for argument in arguments]
+    done = raydet("inspect", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
