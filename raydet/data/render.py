@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,10 @@ Array = npt.NDArray[Any]
 
 # A JPEG can be decoded at these shares of its size for less.
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+# Of a JPEG: its first and last marker, that before a scan, and any with a length but for the last. Within a scan 0xff00
+# is a byte of it, and 0xffd0 … 0xffd7 restart it.
+_START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 # Reads at once from an object store, which takes tens of milliseconds to begin to answer.
 _READERS = 16
 
@@ -301,9 +306,21 @@ def _has_size(image: Array, size: tuple[int, int], reduction: int) -> bool:
 
 
 def _is_cut_off(content: bytes) -> bool:
-    """Does a JPEG lack its end? OpenCV would fill the rest with grey."""
-    if not content.startswith(b"\xff\xd8"):
+    """Does a JPEG lack its end? OpenCV would fill the rest with grey. Anything may follow the end.
+
+    A JPEG is a row of segments: a marker, most with a length that counts itself. Behind the header of a scan (SOS) are
+    its bytes up to the next marker; there may be several scans, with tables between them.
+    """
+    if not content.startswith(_START):
         return False
-    end = content.rfind(b"\xff\xd9")
-    # Something small may follow the end; an end before the last scan is that of a thumbnail.
-    return end < len(content) - 1024 and end < content.rfind(b"\xff\xda")
+    place, has_scan = 2, False
+    while (found := _MARKER.search(content, place)) is not None:
+        marker, place = content[found.start() : found.end()], found.end()
+        if marker == _END:
+            return not has_scan
+        place += int.from_bytes(content[place : place + 2], "big")
+        if marker == _SCAN:
+            if content.endswith(_END):  # nearly always: the scans need not be searched
+                return place >= len(content)
+            has_scan = True
+    return True

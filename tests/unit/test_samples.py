@@ -1,8 +1,10 @@
 import io
+import time
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from raydet.data.batch import local_eval_batches, local_train_batches
 from raydet.data.index import Index, make_index
 from raydet.data.mosaic import Mixup, Mosaic
-from raydet.data.render import Sources, decode, imread
+from raydet.data.render import Sources, _is_cut_off, decode, imread
 from raydet.data.samples import Samples
 from raydet.data.transforms import HSV, HorizontalFlip, Letterbox, RandomAffine
 from raydet.errors import RaydetError
@@ -281,6 +283,58 @@ def test_exif_rotation_is_as_the_annotation_says(annotated):
     top, left = decoded[4, 16, 0], decoded[16, 4, 0]
     assert (top > 200) == (annotated == (32, 48)) or decoded[20, 4, 0] > 200
     assert left > 200 or annotated == (32, 48)
+
+
+JPEG = {
+    "plain": {},
+    "progressive": {"progressive": True},  # many scans, with tables between them
+    "restarts": {"restart_marker_rows": 1},
+    "progressive restarts": {"progressive": True, "restart_marker_rows": 1},
+    "thumbnail": {"exif": b"Exif\0\0" + cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()},
+    "profile": {"icc_profile": bytes(range(256)) * 300, "comment": b"\xff\xd9"},
+}
+BEHIND = {
+    "nothing": b"",
+    "zeros": bytes(5000),
+    "a video": b"MotionPhoto_Data"
+    + np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()
+    + b"\xff\xda" * 2000,
+    "another image": cv2.imencode(".jpg", np.zeros((9, 9, 3), np.uint8))[1].tobytes(),
+    "half an image": cv2.imencode(".jpg", np.zeros((99, 99, 3), np.uint8))[1].tobytes()[:-50],
+    "text": b"\n",
+}
+
+
+def jpeg(**options):
+    pixels = cv2.resize(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8), (64, 48))
+    content = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_jpeg_is_whole_whatever_is_behind_its_end(kind, behind):
+    content = jpeg(**JPEG[kind])
+    np.testing.assert_array_equal(decode(content + BEHIND[behind], "a.jpg"), decode(content, "a.jpg"))
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_jpeg_is_cut_off_wherever_it_ends(kind):
+    content = jpeg(**JPEG[kind])
+    for end in range(len(content) - 1000, len(content)):
+        with pytest.raises(RaydetError, match=rf"a.jpg is not an image that can be decoded \({end} bytes\)"):
+            decode(content[:end], "a.jpg")
+        assert _is_cut_off(content[:end])  # whatever OpenCV of another version makes of it
+        assert _is_cut_off(content[:end] + bytes(5000))
+
+
+def test_to_see_whether_a_jpeg_is_whole_costs_little(shared):
+    images = [path.read_bytes() for path in sorted((shared / "data/coco_mini/val2017").glob("*.jpg"))[:50]]
+    started = time.process_time()
+    for content in images * 10:
+        assert not _is_cut_off(content)
+    assert (time.process_time() - started) / 500 < 50e-6  # seconds; to decode it takes 2 ms and more
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
