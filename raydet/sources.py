@@ -207,10 +207,19 @@ def _from_rgb(image: Image) -> Image:
 
 
 def _from_pil(image: PIL.Image.Image) -> Image:
+    name = getattr(image, "filename", "") or "image"
+    if image.mode in ("I", "F"):
+        raise RaydetError(
+            f"{name} is a PIL image of mode {image.mode}, whose range of values nobody knows: scale it to 0 … 255 and "
+            "make it 8 bits"
+        )
     try:
-        return _from_rgb(np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB")))
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # the upper byte, as of files; Pillow would clip
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return _from_rgb(np.asarray(image.convert("RGB")))
     except OSError as error:  # it is decoded only now
-        raise RaydetError(f"{getattr(image, 'filename', '') or 'image'} cannot be decoded ({error})") from None
+        raise RaydetError(f"{name} cannot be decoded ({error})") from None
 
 
 def _from_web(address: str) -> Image:

@@ -23,7 +23,7 @@ from raydet.models import Preprocessing
 from raydet.predict import Detections, Found, Predictor, Stream, pick_device
 from raydet.predictions import open_target, save
 from raydet.recipe import Eval
-from raydet.sources import image_files
+from raydet.sources import image_files, open_source
 from raydet.training.checkpoint import Config
 from raydet.training.evaluate import post_prediction, run
 
@@ -182,6 +182,27 @@ def test_the_orientation_that_a_camera_noted_is_applied(predictor, photo, tmp_pa
     found = predictor.predict(SINGLE[kind](tmp_path / "turned.png", None))
     np.testing.assert_array_equal(found.image, rgb(photo[0]))
     same(found, predictor.predict(rgb(photo[0])))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "L", "RGBA", "P", "1"])
+def test_a_pil_image_has_the_pixels_that_its_file_has(tmp_path, mode):
+    if mode.startswith("I"):
+        ramp = np.arange(65536, dtype=">u2" if mode == "I;16B" else "<u2").reshape(256, 256)
+        image = PIL.Image.fromarray(ramp)
+    else:
+        pixels = np.arange(256 * 96, dtype=np.uint32).view(np.uint8).reshape(256, 96, 4)
+        image = PIL.Image.fromarray(pixels).convert(mode)
+    assert image.mode == mode
+    file = tmp_path / ("a.tif" if mode == "I;16B" else "a.png")
+    image.save(file)
+    (ours,), (theirs,) = (next(iter(open_source(source).parts)) for source in (image, file))
+    np.testing.assert_array_equal(ours.read(), theirs.read())
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_pil_image_of_unknown_range_is_refused(predictor, mode):
+    with pytest.raises(RaydetError, match=f"image is a PIL image of mode {mode}, .*: scale it to 0 … 255"):
+        predictor.predict(PIL.Image.new(mode, (40, 20)))
 
 
 def test_a_large_image_is_seen_as_in_training(predictor, photo, tmp_path):
