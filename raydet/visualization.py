@@ -33,6 +33,14 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return int(255 * blue), int(255 * green), int(255 * red)
 
 
+def resized(image: Image, factor: float, interpolation: int) -> Image:
+    """Return an image enlarged or made smaller; of a narrow one a pixel stays."""
+    if min(image.shape[:2]) * factor > 0.5:  # OpenCV rounds
+        return cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)  # type: ignore[return-value]
+    size = [max(1, round(side * factor)) for side in (image.shape[1], image.shape[0])]
+    return cv2.resize(image, size, interpolation=interpolation)  # type: ignore[return-value]
+
+
 def draw_boxes(
     image: Image,
     boxes: Array,
@@ -81,7 +89,7 @@ def grid(images: Sequence[Image], columns: int, cell: tuple[int, int]) -> Image:
     sheet = np.full((rows * cell[0], columns * cell[1], 3), 255, np.uint8)
     for number, image in enumerate(images):
         scale = min((cell[0] - 4) / image.shape[0], (cell[1] - 4) / image.shape[1])
-        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        small = resized(image, scale, cv2.INTER_AREA)
         top, left = number // columns * cell[0], number % columns * cell[1]
         sheet[top : top + small.shape[0], left : left + small.shape[1]] = small
     return sheet
@@ -111,8 +119,7 @@ class Shown:
 
     def scaled(self, factor: float) -> Shown:
         """Return it enlarged, or made smaller."""
-        kind = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-        image: Any = cv2.resize(self.image, None, fx=factor, fy=factor, interpolation=kind)
+        image = resized(self.image, factor, cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
         across, down = image.shape[1] / self.image.shape[1], image.shape[0] / self.image.shape[0]
         factors = np.array((across, down, across, down))
         boxes = None if self.boxes is None else self.boxes * factors

@@ -41,7 +41,8 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduc
         content: the file.
         name: of the file, for messages.
         size: (width, height) that the annotation says; None: any.
-        reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down.
+        reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down; where that would leave less
+            than a pixel, as they are.
 
     Raises:
         RaydetError: it is no image, is cut off, or has another size.
@@ -50,6 +51,8 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduc
     image: Any = _imdecode(content, flags)
     if image is not None and size is not None and not _has_size(image, size, reduction):
         image = _imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None and reduction > 1:  # of a narrow one not a pixel may be left
+        return decode(content, name, size)
     if image is None or _is_cut_off(content):
         raise RaydetError(f"{name} is not an image that can be decoded ({len(content)} bytes)")
     if size is not None and not _has_size(image, size, reduction):

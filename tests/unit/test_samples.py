@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raydet.data.batch import local_eval_batches, local_train_batches
@@ -14,7 +14,7 @@ from raydet.data.index import Index, make_index
 from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import Sources, _is_cut_off, decode, imread
 from raydet.data.samples import Samples
-from raydet.data.transforms import HSV, HorizontalFlip, Letterbox, RandomAffine
+from raydet.data.transforms import HSV, ChannelSwap, HorizontalFlip, Letterbox, RandomAffine, Rotate90, VerticalFlip
 from raydet.errors import RaydetError
 
 SIZE = (64, 96)
@@ -361,3 +361,43 @@ def test_what_is_shown_small_is_decoded_small(tmp_path):
     expected = cv2.resize(photo, (90, 60), interpolation=cv2.INTER_AREA)
     found = samples.sample(0).image[2:62, 3:93]
     assert np.abs(found.astype(int) - expected)[2:-2, 2:-2].mean() < 3
+
+
+EVERYTHING = (
+    HorizontalFlip(0.5),
+    VerticalFlip(0.5),
+    Mosaic(0.7, Letterbox(SIZE)),
+    RandomAffine(SIZE, 180, 0.5, (0.1, 3), 45),
+    Mixup(0.7, SIZE),
+    HSV(1.0, 5, 30, 30),
+    ChannelSwap(0.5),
+)
+ONE = (HorizontalFlip(0.5), Rotate90(0.5), Letterbox(SIZE), RandomAffine(SIZE, 180, 0.5, (0.1, 3), 45))
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 6000), st.integers(1, 12), st.booleans()).map(lambda s: s[1::-1] if s[2] else s[:2]),
+        min_size=4,
+        max_size=4,
+    ),
+    suffix=st.sampled_from((".png", ".jpg")),
+    transforms=st.sampled_from(
+        (EVERYTHING, ONE, *((Letterbox(SIZE, resize),) for resize in ("pad_bottom_right", "pad_centre", "stretch")))
+    ),
+)
+@example(sizes=[(6000, 5), (5000, 1), (1, 5000), (1, 1)], suffix=".png", transforms=EVERYTHING)
+@example(sizes=[(5000, 1)] * 4, suffix=".png", transforms=EVERYTHING)
+@example(sizes=[(40000, 3), (3, 40000), (33000, 33), (2, 2)], suffix=".png", transforms=EVERYTHING)
+@settings(max_examples=40, deadline=None)
+def test_images_of_any_size_are_shown(tmp_path_factory, sizes, suffix, transforms):
+    folder = tmp_path_factory.mktemp("sizes")
+    files = [f"{number}{suffix}" for number in range(len(sizes))]
+    for name, (width, height) in zip(files, sizes, strict=True):
+        cv2.imwrite(str(folder / name), np.full((height, width, 3), 200, np.uint8))
+    samples = Samples(index_of(folder, files, sizes), transforms, SIZE, chunk_size=4)
+    for position in range(8):
+        sample = samples.sample(position)
+        assert sample.image.shape == (*SIZE, 3)
+        if len(transforms) == 1:
+            assert (sample.image != 114).any()  # there is something to see
