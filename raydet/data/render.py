@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,9 @@ from raydet.data.transforms import PAD_VALUE, Picture, Tile
 from raydet.errors import RaydetError
 
 Array = npt.NDArray[Any]
+
+if "OPENCV_LOG_LEVEL" not in os.environ:  # what OpenCV says of a broken file does not name it; `decode` does
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # A JPEG can be decoded at these shares of its size for less.
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}

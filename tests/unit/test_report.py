@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from raydet.data import report
 from raydet.data.index import make_index
@@ -232,6 +233,26 @@ def test_decoding_finds_what_cannot_be_used_and_copies(folder):
     assert found["images that cannot be used"] == ("error", "train", 3)
     assert found["images that are copies of others"] == ("warning", "train", 1)
     assert found["images in both splits"] == ("warning", "train, val", 1)
+
+
+def test_what_libraries_print_of_an_image_is_a_finding_with_its_name(folder, capfd):
+    content = (folder / "1.jpg").read_bytes()
+    (folder / "damaged.jpg").write_bytes(content[:900] + b"\xff\xd3\0\0" + content[900:])
+    pixels = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    pixels.save(folder / "profile.png", icc_profile=b"no profile" * 20)
+    pixels.save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:60])
+    index = files(folder, *["0.jpg", "1.jpg"] * 5, "damaged.jpg", "profile.png", "cut.png", "2.jpg")
+    decoded = list(decode_all(index))
+    assert [number for number, image in enumerate(decoded) if image.warning] == [10, 11]
+    assert decoded[10].warning == f"{folder}/damaged.jpg: Corrupt JPEG data: premature end of data segment"
+    assert decoded[11].warning == f"{folder}/profile.png: libpng warning: iCCP: too short"
+    assert "cut.png is not an image that can be decoded" in decoded[12].problem
+    assert [image.digest for image in decoded[:2]] * 5 == [image.digest for image in decoded[:10]]
+    found = findings(index, decoded={"train": decoded})
+    assert found["images that are damaged but can be decoded"] == ("warning", "train", 1)
+    assert found["PNG files of which the decoder passes over a part"] == ("note", "train", 1)
+    assert capfd.readouterr().err == ""  # nor does OpenCV print lines of its own
 
 
 def test_records_that_were_left_out_are_counted_and_the_worst_comes_first(folder):
