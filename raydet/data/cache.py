@@ -69,19 +69,22 @@ def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
     """Return the problems, the notices and the index in a file, or None if it is not there or damaged."""
     try:
         content = file.read_bytes()
-        digest, body = content[:32], content[32:]
-        if hashlib.sha256(body).digest() != digest:
+        body = memoryview(content)[32:]  # a large one is not copied
+        if hashlib.sha256(body).digest() != content[:32]:
             return None
-        told, _, index = body.partition(b"\n")
-        messages, notices = json.loads(told)
-        return messages, [Notice(*notice) for notice in notices], Index.load(index)
+        place = content.index(b"\n", 32)
+        messages, notices = json.loads(content[32:place])
+        return messages, [Notice(*notice) for notice in notices], Index.load(body[place - 31 :])
     except (OSError, ValueError):
         return None
 
 
 def _write(file: Path, told: Problems, index: Index) -> None:
-    body = json.dumps([told.messages, told.notices]).encode() + b"\n" + index.save()
+    parts = [json.dumps([told.messages, told.notices]).encode(), b"\n", index.save()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     try:
-        Store(file.parent).write(file.name, hashlib.sha256(body).digest() + body)
+        Store(file.parent).write(file.name, b"".join([digest.digest(), *parts]))
     except (OSError, RaydetError) as error:
         logger.warning("the index is not kept for the next time: %s cannot be written (%s)", file, error)

@@ -141,7 +141,8 @@ def _coco(store: Store, split: Split, annotations: str | None, images: str | Non
             f"pass data.{split}_annotations=FILE data.{split}_images=FOLDER"
         )
     file, folder = [*there, *places][0]
-    return Source(load_coco, {"annotations": file, "images": folder}, (file, folder))
+    settings = {"annotations": file, "images": folder, "images_key": f"data.{split}_images"}
+    return Source(load_coco, settings, (file, folder))
 
 
 def _coco_places(split: Split) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy.typing as npt
 
 from raydet.errors import RaydetError
 
 OnError = Literal["raise", "skip"]
 
 NAMED = 10  # records that a notice names
+
+
+def refuse_shares(boxes: npt.NDArray[Any], source: str) -> None:
+    """Refuse boxes [n, 4], which should be in pixels, if all look like shares of their images.
+
+    Args:
+        boxes: xyxy.
+        source: where they are from.
+
+    Raises:
+        RaydetError: all corners are between 0 and 1, and not all of these are whole numbers.
+    """
+    if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1 and (boxes % 1).any():
+        raise RaydetError(
+            f"{source}: all {len(boxes):,} boxes are between 0 and 1: are they shares of the image's width and height? "
+            "Here they are expected in pixels: multiply what is across by the width, and what is down by the height"
+        )
 
 
 class Notice(NamedTuple):

@@ -92,9 +92,9 @@ def sift(paths: Iterable[str], problems: Problems, full: Callable[[str], str] = 
     return images
 
 
-def counted(records: Sized, noun: str) -> str:
-    """Return a number of records in words, such as "6 images"."""
-    return f"{len(records):,} {noun}{'' if len(records) == 1 else 's'}"
+def counted(records: Sized, noun: str, nouns: str = "") -> str:
+    """Return a number of records in words, such as "6 images"; `nouns`, if not with an s."""
+    return f"{len(records):,} {noun if len(records) == 1 else nouns or noun + 's'}"
 
 
 def present(store: Store, names: Iterable[str]) -> dict[str, int]:

@@ -347,7 +347,7 @@ def test_a_folder_without_annotations_says_what_was_looked_for(tmp_path, cache):
 def test_an_index_is_kept(data, cache, monkeypatch):
     first = load_index(data(), "train")
     (file,) = cache.iterdir()
-    monkeypatch.setattr("raydet.data.coco.json", None)  # so that nothing can be read any more
+    monkeypatch.setattr("raydet.data.coco.read_lists", None)  # so that nothing can be read any more
     again = load_index(data(), "train")
     assert again.table.equals(first.table)
     assert (again.root, again.class_names, again.category_ids) == (first.root, first.class_names, first.category_ids)

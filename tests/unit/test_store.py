@@ -2,8 +2,11 @@
 
 import os
 import pickle
+from pathlib import PurePosixPath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raydet.data import store as stores
 from raydet.data.store import Store, inside
@@ -229,6 +232,17 @@ def test_what_is_hidden_is_not_listed_but_on_request(filled):
 )
 def test_names_below_a_folder(name, path):
     assert inside(name) == path
+
+
+@given(st.text("ab.~/\\: ü\n-", min_size=1))
+def test_a_name_below_a_folder_is_a_path_in_its_shortest_form(name):
+    try:
+        path = inside(name)
+    except ValueError:
+        return
+    assert path == str(PurePosixPath(name.replace("\\", "/")))
+    assert not path.startswith("/")
+    assert ".." not in path.split("/")
 
 
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "a/../../b", "C:\\a.jpg", "s3://bucket/a", "\\\\host\\a"])
