@@ -13,7 +13,7 @@ import numpy as np
 from raydet.data.index import Array, Index, index_of_images
 from raydet.data.problems import Problems, refuse_shares
 from raydet.data.scan import image_sizes, present
-from raydet.data.store import Store, inside
+from raydet.data.store import Store, check_encoding, inside
 
 Objects = tuple[Any, Any, Any]  # boxes [n, 4] xyxy in pixels, labels [n], crowd [n]
 
@@ -114,6 +114,7 @@ def _from_root(path: str, root: str | Path, store: Store) -> str:
     """Return a path as one from the root on, or an absolute one that is not below it."""
     for start in (f"{root}/", f"{store.root}/"):
         path = path.removeprefix(start)
+    check_encoding(path)
     return path if os.path.isabs(path) else inside(path)
 
 

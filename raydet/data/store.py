@@ -39,12 +39,25 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.split("/"))
 
 
+def check_encoding(name: str) -> None:
+    """Refuse a name of bytes that are not UTF-8, which Arrow does not take.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"file name {name!r} is not UTF-8") from None
+
+
 def inside(name: str) -> str:
     """Return a file name of an annotation as a path below the data set's folder, with forward slashes.
 
     Raises:
-        ValueError: it is empty, or leads out of the folder.
+        ValueError: it is empty, leads out of the folder, or is not UTF-8.
     """
+    check_encoding(name)
     if _PLAIN.fullmatch(name):  # nearly always, and 20 times as fast
         return name
     path = PurePosixPath(name.replace("\\", "/"))
