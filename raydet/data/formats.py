@@ -16,7 +16,7 @@ from raydet.data.dataset import BUILT_IN, find_dataset, load_own
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.data.store import Store
-from raydet.data.voc import class_names_in, load_voc
+from raydet.data.voc import load_voc
 from raydet.data.yolo import load_yolo
 from raydet.errors import RaydetError
 from raydet.plugins import accepts
@@ -170,7 +170,7 @@ def _voc(store: Store, data: Data, split: Split) -> Source:
     folders = sorted({each[1] for each in places.values() if each is not None})
     settings = {"split_file": split_file, "annotations": annotations, "images": images, "difficult": data.difficult}
     reads = (*folders, images, *([split_file] if split_file else []))
-    return Source(_load_voc, {**settings, "class_folders": folders}, reads)
+    return Source(load_voc, {**settings, "folders": folders}, reads)
 
 
 def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | None, str] | None:
@@ -183,10 +183,6 @@ def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | Non
         return listed, os.path.join(above if found else "", "Annotations")
     folders = [f"{folder}/Annotations" for folder in _FOLDERS[split]]
     return next(((None, folder) for folder in folders if store.kind(folder) == "folder"), None)
-
-
-def _load_voc(store: Store, class_folders: list[str], problems: Problems, **settings: Any) -> Index:
-    return load_voc(store, **settings, problems=problems, class_names=class_names_in(store, *class_folders))
 
 
 def _own(store: Store, data: Data, split: Split) -> Source:
