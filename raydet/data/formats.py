@@ -87,8 +87,11 @@ def detect(store: Store) -> str:
     for name, looked_for in places.items():
         if any(store.kind(place) for place in looked_for):
             return name
-    known = "; ".join(f"{name}: {', '.join(looked_for)}" for name, looked_for in places.items())
-    raise RaydetError(f"data.root: {store.root} holds nothing that tells its format ({known}); pass data.format=…")
+    raise RaydetError(
+        f"data.root: {store.root} holds nothing that tells its format (shards: train/index.parquet; coco: "
+        "annotations/instances_train.json or train/_annotations.coco.json; voc: Annotations; yolo: data.yaml or "
+        "labels); pass data.format=…"
+    )
 
 
 def _read(data: Data, split: Split, problems: Problems) -> Index:

@@ -58,6 +58,7 @@ def test_another_run_under_the_same_name_is_refused(job, overrides, others, mess
         open_run(job(*overrides, **others))
     assert message in str(error.value)
     assert "choose another name" in str(error.value)
+    assert f"to train on from its weights: name=… model.weights={job().folder}" in str(error.value)
 
 
 def test_a_run_needs_a_name_and_a_folder_that_can_be_made(job, tmp_path):
