@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,13 @@ def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
             return None
         place = content.index(b"\n", 32)
         messages, notices = json.loads(content[32:place])
-        return messages, [Notice(*notice) for notice in notices], Index.load(body[place - 31 :])
+        return messages, [Notice(**notice) for notice in notices], Index.load(body[place - 31 :])
     except (OSError, ValueError):
         return None
 
 
 def _write(file: Path, told: Problems, index: Index) -> None:
-    parts = [json.dumps([told.messages, told.notices]).encode(), b"\n", index.save()]
+    parts = [json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(), b"\n", index.save()]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

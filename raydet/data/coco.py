@@ -220,7 +220,7 @@ class _Objects:
         self.categories: dict[int, int] = {}
         self._source = source
         self._images: dict[int | str, int] = {}  # likewise
-        self._columns: dict[str, list[Array]] = {name: [] for name in _OBJECT.names}
+        self._columns: dict[str, list[Array]] = {name: [] for name in _OBJECT.fields or ()}
         self._count = 0
         self._faults: dict[int, str] = {}  # row → message
         self._odd_ids: dict[int, Any] = {}  # row → an id that is no number

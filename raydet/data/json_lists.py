@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 _BEHIND = frozenset(" \t\n\r,:]}")  # a value; a number may go on in the next piece
-_scan = json.JSONDecoder().scan_once  # (text, place) → value, place behind it
+# (text, place) → value, place behind it; errors as of `json.loads`.
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 def read_lists(

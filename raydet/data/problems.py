@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -31,7 +32,8 @@ def refuse_shares(boxes: npt.NDArray[Any], source: str) -> None:
         )
 
 
-class Notice(NamedTuple):
+@dataclass(frozen=True)
+class Notice:
     """Something about a data set that may be a mistake. Nothing stops for it, and it is said each time.
 
     Attributes:

@@ -214,8 +214,8 @@ def _keypoints(store: Store, config: _Config) -> int:
 def _sources(store: Store, split: str, images: str | None, config: _Config) -> list[str]:
     """Return the folders and lists that the images of a split are in."""
     aliases = _ALIASES.get(split, (split,))
-    key = next((key for key in aliases if config.settings.get(key)), None)
-    if images is None and key is None:
+    key = next((key for key in aliases if config.settings.get(key)), "")
+    if not images and not key:
         usual = [name for key in aliases for name in (f"images/{key}", f"{key}/images", f"{key}.txt")]
         found = next((name for name in usual if store.kind(name)), None)
         if found is None:
@@ -224,7 +224,7 @@ def _sources(store: Store, split: str, images: str | None, config: _Config) -> l
                 f"name their folder or list with data.{split}_annotations"
             )
         return [found]
-    entries = config.settings[key] if images is None else images
+    entries = images or config.settings[key]
     sources = []
     for entry in [entries] if isinstance(entries, str) else entries:
         found = _find(store, str(entry), None if images else config.settings.get("path"))
