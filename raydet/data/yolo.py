@@ -6,7 +6,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import filterfalse, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,9 +83,8 @@ def load_yolo(store: Store, split: str, images: str | None = None, problems: Pro
             f"{store.root}: none of the {len(sizes)} images of {split} has a txt file with its objects; of the first "
             f"image it would be {looked_for}"
         )
-    lost = labels.difference(*map(_labels, {*there, *lengths}))
-    lost = {name for name in lost if not is_hidden(name)}
-    _compare(store, sorted(lost), [image for image in sizes if image not in labels_of], len(sizes), problems)
+    lost = sorted(filterfalse(is_hidden, labels.difference(*map(_labels, {*there, *lengths}))))
+    _compare(store, lost, [image for image in sizes if image not in labels_of], len(sizes), problems)
     texts = dict(zip(labels_of, each(store.text, list(labels_of.values()), "labels"), strict=True))
     objects = []
     for name, size in sizes.items():
@@ -103,7 +102,7 @@ def load_yolo(store: Store, split: str, images: str | None = None, problems: Pro
     )
 
 
-def is_data_yaml(settings: Any) -> bool:
+def _is_config(settings: Any) -> bool:
     """Is this the content of a data.yaml?"""
     return isinstance(settings, dict) and ("names" in settings or isinstance(settings.get("train"), str | list))
 
@@ -121,7 +120,7 @@ def _config(store: Store) -> _Config:
                 if name == "data.yaml":
                     break
                 continue
-            if is_data_yaml(settings):
+            if _is_config(settings):
                 found.append(_Config(name, settings))
         elif name.endswith(".data"):
             pairs = [line.split("=", 1) for line in store.text(name).splitlines() if "=" in line]

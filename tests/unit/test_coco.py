@@ -264,6 +264,7 @@ def test_a_root_category_of_roboflow_is_left_out_with_a_word(folder, names):
         [{"id": 3, "name": "person", "supercategory": "person"}, {"id": 9, "name": "dog", "supercategory": "animal"}],
         [{"id": 3, "name": "a", "supercategory": "b"}, {"id": 9, "name": "b", "supercategory": "a"}],
         [{"id": 3, "name": "a", "supercategory": "none"}, {"id": 9, "name": "b", "supercategory": "none"}],
+        [{"id": 3, "name": "a", "supercategory": "none"}, {"id": 9, "name": "none", "supercategory": "none"}],
     ],
 )
 def test_other_categories_stay(folder, categories):
