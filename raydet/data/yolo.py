@@ -75,15 +75,16 @@ def load_yolo(store: Store, split: str, images: str | None = None, problems: Pro
     sources = _sources(store, split, images, config)
     lengths, there = _images(store, sources, problems)
     sizes = image_sizes(store, list(lengths), lengths, problems)
-    labels = _label_files(store, sources, sizes)
-    labels_of = {image: name for image in sizes if (name := next(filter(labels.__contains__, _labels(image)), None))}
+    places = {image: _labels(image) for image in {*there, *lengths}}
+    labels = _label_files(store, sources, (places[image] for image in sizes))
+    labels_of = {image: name for image in sizes if (name := next(filter(labels.__contains__, places[image]), None))}
     if sizes and not labels_of:
-        looked_for = " and ".join(dict.fromkeys(name for name in _labels(next(iter(sizes))) if name.endswith(".txt")))
+        looked_for = " and ".join(name for name in places[next(iter(sizes))] if name.endswith(".txt"))
         raise RaydetError(
             f"{store.root}: none of the {len(sizes)} images of {split} has a txt file with its objects; of the first "
             f"image it would be {looked_for}"
         )
-    lost = sorted(filterfalse(is_hidden, labels.difference(*map(_labels, {*there, *lengths}))))
+    lost = sorted(filterfalse(is_hidden, labels.difference(*places.values())))
     _compare(store, lost, [image for image in sizes if image not in labels_of], len(sizes), problems)
     texts = dict(zip(labels_of, each(store.text, list(labels_of.values()), "labels"), strict=True))
     objects = []
@@ -289,9 +290,9 @@ def _images(store: Store, sources: Sequence[str], problems: Problems) -> tuple[d
     return dict(sorted(found.items())), every
 
 
-def _label_files(store: Store, sources: Sequence[str], images: Iterable[str]) -> set[str]:
-    """Return the paths of the txt files in all folders that may have one of the images, and below those of a folder."""
-    folders = {os.path.dirname(label) for image in images for label in _labels(image)}
+def _label_files(store: Store, sources: Sequence[str], places: Iterable[Sequence[str]]) -> set[str]:
+    """Return the paths of the txt files in the folders of `places`, and in those below the labels of a folder."""
+    folders = {os.path.dirname(label) for labels in places for label in labels}
     whole = {
         os.path.dirname(_labels(os.path.join(source, "image"))[0])
         for source in sources
