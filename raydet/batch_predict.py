@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ import pyarrow.parquet as pq
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.parquet import read_parquet
 from raydet.data.probe import check_attempts
+from raydet.data.problems import Problems
+from raydet.data.scan import IMAGE_SUFFIXES, list_images
 from raydet.data.store import Store
 from raydet.errors import RaydetError, user_error
 
@@ -149,7 +152,6 @@ def batch_predict(
     from raydet.mirror import opened
     from raydet.predict import shown_score, with_thresholds
     from raydet.recipe import Scale
-    from raydet.sources import IMAGE_SUFFIXES
     from raydet.training import checkpoint as checkpoints
 
     if form not in FORMS:
@@ -166,11 +168,10 @@ def batch_predict(
     conf = shown_score(config.thresholds) if conf is None else conf
     thresholds = with_thresholds(config.thresholds, conf, iou)
     images, target = Store(source), Store(out)
-    listed = {
-        name: size
-        for name, (size, _) in images.files(recursive=True).items()
-        if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-    }
+    problems = Problems("skip", sys.maxsize)
+    listed = list_images(images, "", problems)
+    for told in (*problems.messages, *problems.notices):
+        say(f"warning: {told}")
     if not listed:
         raise RaydetError(f"{source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     manifest = {

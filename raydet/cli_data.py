@@ -64,12 +64,12 @@ def inspect(
     every_problem = ["data.on_error=skip", f"data.max_errors={sys.maxsize}"]
     settings = _recipe_of(data, [*every_problem, *(overrides or ())], recipe)
     recipe = recipe or settings.name
-    splits, problems, decoded = {}, {}, {}
+    splits, problems, notices, decoded = {}, {}, {}, {}
     for split in ("train", "val"):
         found = Problems(settings.data.on_error, settings.data.max_errors)
         try:
             splits[split] = load_index(settings.data, split, found)
-            problems[split] = found.messages
+            problems[split], notices[split] = found.messages, found.notices
         except RaydetError as error:
             problems[split] = [str(error)]
     if not splits:
@@ -82,6 +82,7 @@ def inspect(
         settings.data.root,
         splits,
         problems,
+        notices=notices,
         image_size=settings.data.image_size,
         decoded=decoded,
         augmented=_augmented(settings, train) if recipe and train is not None else None,
@@ -157,10 +158,10 @@ def recipes(
 def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:
     """Return the recipe whose data section says what a folder, its URI or a recipe means; a folder's has no name."""
     from raydet.data.store import is_uri
-    from raydet.recipe import Recipe, load, shipped
+    from raydet.recipe import Recipe, load, override, shipped
 
     if is_uri(data) or Path(data).expanduser().is_dir():
-        return load(recipe or Recipe(), [f"data.root={data}", *overrides])
+        return load(recipe or Recipe(), [override("data.root", data), *overrides])
     if recipe is None and (data in shipped() or Path(data).is_file()):
         return load(data, overrides)
     raise RaydetError(f"{data} is neither a folder nor the URI of one{'' if recipe else ' nor a recipe'}")

@@ -69,7 +69,7 @@ class Mirror:
         """
         if self.store is None or self.store.kind() != "folder":
             return
-        for name, (size, changed) in self.store.files(recursive=True).items():
+        for name, (size, changed) in self.store.files(recursive=True, hidden=True).items():
             path = self.folder / name
             if not wanted(name):
                 continue
@@ -91,7 +91,7 @@ class Mirror:
         """
         if self.store is None:
             return
-        there = self.store.files(recursive=True) if self.store.kind() == "folder" else {}
+        there = self.store.files(recursive=True, hidden=True) if self.store.kind() == "folder" else {}
         for name, path in list(_files(self.folder)):
             if there.get(name) != _state(path):
                 path.unlink()

@@ -15,14 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import cv2
 from rich.progress import track
 
 from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.predict import Stream
 from raydet.sources import Image, Source, open_source
-from raydet.visualization import encode_picture, write_video
+from raydet.visualization import PICTURE_SUFFIXES, encode_picture, write_video
 
 RESULTS = "detections.json"
 NOTES = ".raydet-predict.jsonl"
@@ -141,7 +140,7 @@ def open_target(source: str, out: Path) -> Target:
 
 def picture_files(names: Mapping[str, str]) -> dict[str, str]:
     """Return what pictures are written as: by their own names, with .jpg for a suffix that cannot be written."""
-    files = {key: name for key, name in names.items() if cv2.haveImageWriter(PurePosixPath(name).name)}
+    files = {key: name for key, name in names.items() if PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES}
     taken = set(files.values())
     for key, name in names.items():
         if key not in files:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -598,7 +599,7 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         recipe: a shipped name, the path of a YAML file, or a recipe.
-        overrides: `section.key=value`, values as in YAML.
+        overrides: `section.key=value`, values as in YAML; those of settings that are text as they are typed.
 
     Raises:
         RaydetError: there is no such recipe, or a key or value in it is wrong; the message names it.
@@ -681,6 +682,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise RaydetError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RaydetError(f"recipe {path} holds no settings: it should be `section:` with `key: value` below")
+    if "names" in tree or isinstance(tree.get("train"), str | list):
+        raise RaydetError(f"{path} describes a data set and is no recipe: name its folder, {path.absolute().parent}")
     return tree
 
 
@@ -695,13 +698,24 @@ def _override(tree: dict[str, Any], given: str) -> None:
             raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
         tree = inner
     try:
-        value = read_yaml(text, _texts() | _lists_of_texts(), key.strip())
+        texts = _texts()
+        tree[last] = (
+            _as_typed(text) if key.strip() in texts else read_yaml(text, texts | _lists_of_texts(), key.strip())
+        )
     except yaml.YAMLError:
         raise RaydetError(f"{given!r}: the value is not YAML; quote it") from None
-    worded = key.strip() in _texts() and not isinstance(value, str | None)
-    tree[last] = text if worded else value
     if key.strip() == "loss.name":
         _drop_strange_arguments(tree, str(tree[last]))
+
+
+def _as_typed(text: str) -> str | None:
+    """Return the value of a setting that is text: what was typed, but for `null`, nothing, and what is in quotes."""
+    text = text.strip()
+    if text.startswith(("'", '"')):
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(text)
+            return value if isinstance(value, str) else text
+    return None if text.lower() in ("", "~", "null") else text
 
 
 def _drop_strange_arguments(loss: dict[str, Any], name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,16 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from raydet.data.problems import Problems
 from raydet.data.render import decode, imread
-from raydet.data.store import is_uri
+from raydet.data.scan import IMAGE_SUFFIXES, list_images, sift
+from raydet.data.store import SYSTEM_FOLDERS, Store, is_uri
 from raydet.errors import RaydetError
+
+logger = logging.getLogger(__name__)
 
 Image = npt.NDArray[np.uint8]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 _TIMEOUT_S = 30.0  # of a web server
 _FPS = 25.0  # of what does not say
@@ -149,25 +154,30 @@ def _check_pixels(given: str, pixels: int) -> None:
 def image_files(source: str | Path) -> list[Path]:
     """Return the image files meant by a path: itself, all below a folder, or those that fit a pattern, sorted.
 
+    What is hidden is left out, unless the pattern names it. Of files that are no images a warning is logged.
+
     Raises:
         RaydetError: there are none.
     """
-    path = Path(source)
+    path, problems = Path(source), Problems("skip", sys.maxsize)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [entry for entry in path.rglob("*") if _is_image(entry)]
+        found = [path / name for name in list_images(Store(path), "", problems)]
     elif any(letter in str(source) for letter in "*?["):
-        found = [entry for entry in map(Path, glob(str(source), recursive=True)) if _is_image(entry)]
+        unwanted = SYSTEM_FOLDERS.difference(path.parts)  # names with a dot are hidden from patterns too
+        matched: dict[Path, str] = {}
+        for name in sorted(glob(str(source), recursive=True), key=len):  # ** also goes through links that lead back
+            if Path(name).is_file() and unwanted.isdisjoint(Path(name).parts):
+                matched.setdefault(Path(name).parent.resolve() / Path(name).name, name)
+        found = [Path(name) for name in sift(matched.values(), problems)]
     else:
         raise RaydetError(f"{source}: no such file or folder")
+    for told in (*problems.messages, *problems.notices):
+        logger.warning("%s", told)
     if not found:
         raise RaydetError(f"{source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(found)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _open_path(source: str) -> Source:
@@ -204,10 +214,19 @@ def _from_rgb(image: Image) -> Image:
 
 
 def _from_pil(image: PIL.Image.Image) -> Image:
+    name = getattr(image, "filename", "") or "image"
+    if image.mode in ("I", "F"):
+        raise RaydetError(
+            f"{name} is a PIL image of mode {image.mode}, whose range of values nobody knows: scale it to 0 … 255 and "
+            "make it 8 bits"
+        )
     try:
-        return _from_rgb(np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB")))
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # the upper byte, as of files; Pillow would clip
+            image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return _from_rgb(np.asarray(image.convert("RGB")))
     except OSError as error:  # it is decoded only now
-        raise RaydetError(f"{getattr(image, 'filename', '') or 'image'} cannot be decoded ({error})") from None
+        raise RaydetError(f"{name} cannot be decoded ({error})") from None
 
 
 def _from_web(address: str) -> Image:

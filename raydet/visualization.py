@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # that pictures are written as
+
 _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bits
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them
@@ -33,6 +35,14 @@ def class_colour(label: int) -> tuple[int, int, int]:
     """Return a class's colour in BGR: neighbours in number are far apart in hue."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.85, 0.95)
     return int(255 * blue), int(255 * green), int(255 * red)
+
+
+def resized(image: Image, factor: float, interpolation: int) -> Image:
+    """Return an image enlarged or made smaller; of a narrow one a pixel stays."""
+    if min(image.shape[:2]) * factor > 0.5:  # OpenCV rounds
+        return cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)  # type: ignore[return-value]
+    size = [max(1, round(side * factor)) for side in (image.shape[1], image.shape[0])]
+    return cv2.resize(image, size, interpolation=interpolation)  # type: ignore[return-value]
 
 
 def draw_boxes(
@@ -83,7 +93,7 @@ def grid(images: Sequence[Image], columns: int, cell: tuple[int, int]) -> Image:
     sheet = np.full((rows * cell[0], columns * cell[1], 3), 255, np.uint8)
     for number, image in enumerate(images):
         scale = min((cell[0] - 4) / image.shape[0], (cell[1] - 4) / image.shape[1])
-        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        small = resized(image, scale, cv2.INTER_AREA)
         top, left = number // columns * cell[0], number % columns * cell[1]
         sheet[top : top + small.shape[0], left : left + small.shape[1]] = small
     return sheet
@@ -113,8 +123,7 @@ class Shown:
 
     def scaled(self, factor: float) -> Shown:
         """Return it enlarged, or made smaller."""
-        kind = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-        image: Any = cv2.resize(self.image, None, fx=factor, fy=factor, interpolation=kind)
+        image = resized(self.image, factor, cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
         across, down = image.shape[1] / self.image.shape[1], image.shape[0] / self.image.shape[0]
         factors = np.array((across, down, across, down))
         boxes = None if self.boxes is None else self.boxes * factors

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from raydet.data.index import Index
-from raydet.data.problems import Problems
+from raydet.data.problems import Notice, Problems
 from raydet.data.store import Store
 from raydet.errors import RaydetError
 
@@ -26,7 +27,7 @@ def folder() -> Path:
 def cached(build: Callable[..., Index], store: Store, reads: Iterable[str], settings: Any, problems: Problems) -> Index:
     """Return an index from the cache, or build it and put it there.
 
-    What was left out of it when it was built is reported again each time.
+    What was left out of it when it was built is reported again each time, and so are the notices.
 
     Args:
         build: makes the index; called with `problems`.
@@ -34,21 +35,21 @@ def cached(build: Callable[..., Index], store: Store, reads: Iterable[str], sett
         reads: files and folders that `build` reads, or whose names it needs: one that was added, taken away or
             changed (in size or time), here or in a folder below, makes it another index.
         settings: of `build`, which make it another index too; JSON.
-        problems: gets what is left out.
+        problems: gets what is left out, and the notices.
 
     Raises:
         RaydetError: see `build`.
     """
     file = folder() / f"{_fingerprint(store, reads, settings)}.index"
-    found = _read(file)
-    if found is not None:
-        messages, index = found
-        for message in messages:
-            problems.add(message)
-        return index
-    earlier = len(problems.messages)
-    index = build(problems=problems)
-    _write(file, problems.messages[earlier:], index)
+    if (found := _read(file)) is None:
+        told = Problems(problems.on_error, problems.max_errors)
+        index = build(problems=told)
+        _write(file, told, index)
+        found = told.messages, told.notices, index
+    messages, notices, index = found
+    for message in messages:
+        problems.add(message)
+    problems.notices += notices
     return index
 
 
@@ -57,30 +58,34 @@ def _fingerprint(store: Store, reads: Iterable[str], settings: Any) -> str:
     for path in reads:
         kind = store.kind(path)
         if kind == "folder":
-            listings[path] = store.files(path, recursive=True)
+            listings[path] = store.files(path, recursive=True, hidden=True), store.dead_links(path)
         elif kind == "file":
-            listings[path] = store.files(os.path.dirname(path))[os.path.basename(path)]
+            listings[path] = store.files(os.path.dirname(path), hidden=True)[os.path.basename(path)]
     # The code of this package stands for its version: it says more.
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(json.dumps([store.root, settings, listings]).encode() + code).hexdigest()
 
 
-def _read(file: Path) -> tuple[list[str], Index] | None:
-    """Return the problems and the index in a file, or None if it is not there or damaged."""
+def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
+    """Return the problems, the notices and the index in a file, or None if it is not there or damaged."""
     try:
         content = file.read_bytes()
-        digest, body = content[:32], content[32:]
-        if hashlib.sha256(body).digest() != digest:
+        body = memoryview(content)[32:]  # a large one is not copied
+        if hashlib.sha256(body).digest() != content[:32]:
             return None
-        messages, _, index = body.partition(b"\n")
-        return json.loads(messages), Index.load(index)
+        place = content.index(b"\n", 32)
+        messages, notices = json.loads(content[32:place])
+        return messages, [Notice(**notice) for notice in notices], Index.load(body[place - 31 :])
     except (OSError, ValueError):
         return None
 
 
-def _write(file: Path, messages: list[str], index: Index) -> None:
-    body = json.dumps(messages).encode() + b"\n" + index.save()
+def _write(file: Path, told: Problems, index: Index) -> None:
+    parts = [json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(), b"\n", index.save()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     try:
-        Store(file.parent).write(file.name, hashlib.sha256(body).digest() + body)
+        Store(file.parent).write(file.name, b"".join([digest.digest(), *parts]))
     except (OSError, RaydetError) as error:
         logger.warning("the index is not kept for the next time: %s cannot be written (%s)", file, error)

@@ -16,7 +16,7 @@ from raydet.data.dataset import BUILT_IN, find_dataset, load_own
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.data.store import Store
-from raydet.data.voc import class_names_in, load_voc
+from raydet.data.voc import load_voc
 from raydet.data.yolo import load_yolo
 from raydet.errors import RaydetError
 from raydet.plugins import accepts
@@ -87,8 +87,11 @@ def detect(store: Store) -> str:
     for name, looked_for in places.items():
         if any(store.kind(place) for place in looked_for):
             return name
-    known = "; ".join(f"{name}: {', '.join(looked_for)}" for name, looked_for in places.items())
-    raise RaydetError(f"data.root: {store.root} holds nothing that tells its format ({known}); pass data.format=…")
+    raise RaydetError(
+        f"data.root: {store.root} holds nothing that tells its format (shards: train/index.parquet; coco: "
+        "annotations/instances_train.json or train/_annotations.coco.json; voc: Annotations; yolo: data.yaml or "
+        "labels); pass data.format=…"
+    )
 
 
 def _read(data: Data, split: Split, problems: Problems) -> Index:
@@ -141,7 +144,8 @@ def _coco(store: Store, split: Split, annotations: str | None, images: str | Non
             f"pass data.{split}_annotations=FILE data.{split}_images=FOLDER"
         )
     file, folder = [*there, *places][0]
-    return Source(load_coco, {"annotations": file, "images": folder}, (file, folder))
+    settings = {"annotations": file, "images": folder, "images_key": f"data.{split}_images"}
+    return Source(load_coco, settings, (file, folder))
 
 
 def _coco_places(split: Split) -> Iterator[tuple[str, str]]:
@@ -169,7 +173,7 @@ def _voc(store: Store, data: Data, split: Split) -> Source:
     folders = sorted({each[1] for each in places.values() if each is not None})
     settings = {"split_file": split_file, "annotations": annotations, "images": images, "difficult": data.difficult}
     reads = (*folders, images, *([split_file] if split_file else []))
-    return Source(_load_voc, {**settings, "class_folders": folders}, reads)
+    return Source(load_voc, {**settings, "folders": folders}, reads)
 
 
 def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | None, str] | None:
@@ -182,10 +186,6 @@ def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | Non
         return listed, os.path.join(above if found else "", "Annotations")
     folders = [f"{folder}/Annotations" for folder in _FOLDERS[split]]
     return next(((None, folder) for folder in folders if store.kind(folder) == "folder"), None)
-
-
-def _load_voc(store: Store, class_folders: list[str], problems: Problems, **settings: Any) -> Index:
-    return load_voc(store, **settings, problems=problems, class_names=class_names_in(store, *class_folders))
 
 
 def _own(store: Store, data: Data, split: Split) -> Source:

@@ -167,7 +167,7 @@ class Index:
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
     @staticmethod
-    def load(content: bytes, root: str | None = None) -> Index:
+    def load(content: bytes | memoryview, root: str | None = None) -> Index:
         """Read what `save` gave.
 
         Args:

@@ -161,6 +161,8 @@ def ingest(
             )
             for message in problems[split].messages:
                 say(f"left out: {message}")
+            for notice in problems[split].notices:
+                say(f"warning: {split} data: {notice}")
             say(f"{split}: {summaries[split]}")
         return summaries
     finally:

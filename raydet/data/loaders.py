@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from raydet.data.target_format import TargetFormat
 from raydet.data.transforms import Sample, SampleTransform
 from raydet.recipe import Recipe, load, shipped
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["train", "val"]
 
 # What SuperGradients' names of data loaders end with → a recipe with that family's preprocessing and augmentation.
@@ -35,7 +38,7 @@ class Loader:
     Attributes:
         samples: the stream that training or validation would have.
         split: which of both.
-        batch_size: of all but the last batch of "val".
+        batch_size: of all but the last batch of "val"; a batch of "train" repeats images where there are fewer.
         epoch: whose order and augmentation "train" has.
         transforms: applied to each sample.
         target_format: columns 1 to 5 of the targets.
@@ -55,7 +58,7 @@ class Loader:
 
     def __len__(self) -> int:
         images = len(self.index)
-        return images // self.batch_size if self.split == "train" else -(-images // self.batch_size)
+        return max(1, images // self.batch_size) if self.split == "train" else -(-images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.split == "train":
@@ -133,4 +136,6 @@ def loader(
     size = batch_size or (recipe.train if split == "train" else recipe.eval).batch_size
     if split == "val":
         samples = replace(samples, chunk_size=size)
+    elif size > len(index):
+        logger.warning("a batch takes %d images, but there are %d: it repeats them; lower batch_size", size, len(index))
     return Loader(samples, split, size, epoch, tuple(transforms), TargetFormat(target_format))

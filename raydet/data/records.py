@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raydet.data.index import Array, Index, index_of_images
-from raydet.data.problems import Problems
+from raydet.data.problems import Problems, refuse_shares
 from raydet.data.scan import image_sizes, present
-from raydet.data.store import Store, inside
+from raydet.data.store import Store, check_encoding, inside
 
 Objects = tuple[Any, Any, Any]  # boxes [n, 4] xyxy in pixels, labels [n], crowd [n]
 
@@ -51,7 +51,8 @@ def index_of_records(
         problems: gets what is wrong with records; None: the first problem stops.
 
     Raises:
-        RaydetError: see `problems`; the message names the record and the image.
+        RaydetError: all boxes look like shares of their images; or see `problems`. The message names the record and
+            the image.
     """
     problems = problems or Problems()
     return index_of_described(_described(records, problems), class_names, root, problems)
@@ -87,6 +88,7 @@ def index_of_described(
                 kept.append((len(kept), image.path, *size))
             except (TypeError, ValueError) as error:
                 problems.add(f"{name}: {error}")
+    refuse_shares(np.concatenate([np.empty((0, 4)), *(boxes for boxes, *_ in objects)]), str(root))
     return index_of_images(kept, objects, root=store.root, class_names=class_names)
 
 
@@ -112,6 +114,7 @@ def _from_root(path: str, root: str | Path, store: Store) -> str:
     """Return a path as one from the root on, or an absolute one that is not below it."""
     for start in (f"{root}/", f"{store.root}/"):
         path = path.removeprefix(start)
+    check_encoding(path)
     return path if os.path.isabs(path) else inside(path)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +23,15 @@ from raydet.errors import RaydetError
 
 Array = npt.NDArray[Any]
 
+if "OPENCV_LOG_LEVEL" not in os.environ:  # what OpenCV says of a broken file does not name it; `decode` does
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 # A JPEG can be decoded at these shares of its size for less.
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+# Of a JPEG: its first and last marker, that before a scan, and any with a length but for the last. Within a scan 0xff00
+# is a byte of it, and 0xffd0 … 0xffd7 restart it.
+_START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 # Reads at once from an object store, which takes tens of milliseconds to begin to answer.
 _READERS = 16
 
@@ -35,7 +45,8 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduc
         content: the file.
         name: of the file, for messages.
         size: (width, height) that the annotation says; None: any.
-        reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down.
+        reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down; where that would leave less
+            than a pixel, as they are.
 
     Raises:
         RaydetError: it is no image, is cut off, or has another size.
@@ -44,6 +55,8 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduc
     image: Any = _imdecode(content, flags)
     if image is not None and size is not None and not _has_size(image, size, reduction):
         image = _imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None and reduction > 1:  # of a narrow one not a pixel may be left
+        return decode(content, name, size)
     if image is None or _is_cut_off(content):
         raise RaydetError(f"{name} is not an image that can be decoded ({len(content)} bytes)")
     if size is not None and not _has_size(image, size, reduction):
@@ -271,9 +284,25 @@ def _reduction(scale: float) -> int:
 
 def _imdecode(content: bytes, flags: int) -> Any:
     try:
+        if content[4:12] in (b"ftypavif", b"ftypavis"):
+            return _decode_avif(content, flags)
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:  # more pixels than OpenCV takes, or than there is memory for
         return None
+
+
+def _decode_avif(content: bytes, flags: int) -> Any:
+    """Decode by Pillow: OpenCV does not turn the image as the file's header says."""
+    from PIL import Image, ImageOps
+
+    reduction = next((factor for factor, flag in _REDUCED.items() if flags & ~cv2.IMREAD_IGNORE_ORIENTATION == flag), 1)
+    try:  # Pillow raises whatever broken bytes lead it to
+        with Image.open(io.BytesIO(content)) as image:
+            upright = image if flags & cv2.IMREAD_IGNORE_ORIENTATION else ImageOps.exif_transpose(image)
+            pixels = np.asarray(upright.convert("RGB").reduce(reduction))
+    except Exception:
+        return None
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def _has_size(image: Array, size: tuple[int, int], reduction: int) -> bool:
@@ -284,9 +313,21 @@ def _has_size(image: Array, size: tuple[int, int], reduction: int) -> bool:
 
 
 def _is_cut_off(content: bytes) -> bool:
-    """Does a JPEG lack its end? OpenCV would fill the rest with grey."""
-    if not content.startswith(b"\xff\xd8"):
+    """Does a JPEG lack its end? OpenCV would fill the rest with grey. Anything may follow the end.
+
+    A JPEG is a row of segments: a marker, most with a length that counts itself. Behind the header of a scan (SOS) are
+    its bytes up to the next marker; there may be several scans, with tables between them.
+    """
+    if not content.startswith(_START):
         return False
-    end = content.rfind(b"\xff\xd9")
-    # Something small may follow the end; an end before the last scan is that of a thumbnail.
-    return end < len(content) - 1024 and end < content.rfind(b"\xff\xda")
+    place, has_scan = 2, False
+    while (found := _MARKER.search(content, place)) is not None:
+        marker, place = content[found.start() : found.end()], found.end()
+        if marker == _END:
+            return not has_scan
+        place += int.from_bytes(content[place : place + 2], "big")
+        if marker == _SCAN:
+            if content.endswith(_END):  # nearly always: the scans need not be searched
+                return place >= len(content)
+            has_scan = True
+    return True

@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.data.index import Index
+from raydet.data.problems import Notice
 from raydet.data.render import decode
 from raydet.data.scan import present
 from raydet.data.store import store
 from raydet.errors import RaydetError
+from raydet.printed import printed
 from raydet.visualization import draw_boxes
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ DRIFT, DRIFT_Z = 2.0, 4.0  # factor between the splits' shares of images, and st
 SHOWN, SHOWN_RARE = 12, 6  # pictures of a split, and of rare classes
 SIDE = 480  # pixels, the longer one of a picture
 EXAMPLES = 10  # records that a finding names
-AT_ONCE = 1024  # images that wait for a thread
+AT_ONCE = 256  # images that wait for a thread
+_HARMLESS = "libpng warning: "
 SKIP = "mend or remove them; data.on_error=skip trains without them"
 
 
@@ -148,10 +151,17 @@ class Report:
 
 
 class Decoded(NamedTuple):
-    """What `decode_all` learnt of an image: a digest of its file, and what is wrong with it; one of them is empty."""
+    """What `decode_all` learnt of an image.
+
+    Attributes:
+        digest: of its file; empty if it cannot be used.
+        problem: why it cannot be used, or empty.
+        warning: what the library that decoded it printed, or empty.
+    """
 
     digest: bytes
     problem: str
+    warning: str = ""
 
 
 def inspect(
@@ -159,6 +169,7 @@ def inspect(
     splits: Mapping[str, Index],
     problems: Mapping[str, Sequence[str]],
     *,
+    notices: Mapping[str, Sequence[Notice]] | None = None,
     image_size: tuple[int, int] = (640, 640),
     decoded: Mapping[str, Sequence[Decoded]] | None = None,
     augmented: Batch | None = None,
@@ -170,6 +181,7 @@ def inspect(
         root: the data set's folder or URI.
         splits: name → images; the first is the one to train on.
         problems: name → records that its loader had to leave out; or why it could not be read, if it is no split.
+        notices: name → what its loader takes for a mistake.
         image_size: (height, width) of the model's input in pixels, which tells what is tiny.
         decoded: name → what `decode_all` gives.
         augmented: samples as the model will get them.
@@ -178,6 +190,10 @@ def inspect(
     decoded = decoded or {}
     statistics = {split: measure(index) for split, index in splits.items()}
     findings = [*_records(splits, problems, decoded), *_classes(statistics), *_copies(splits, decoded)]
+    for split, told in (notices or {}).items():
+        findings += [
+            Finding("warning", split, each.what, each.count, each.remedy, tuple(each.records)) for each in told
+        ]
     for split, index in splits.items():
         findings += [*_files(split, index), *_boxes(split, index, image_size)]
     findings = [finding for finding in findings if finding.count]
@@ -222,7 +238,12 @@ def measure(index: Index) -> Statistics:
 
 
 def decode_all(index: Index) -> Iterator[Decoded]:
-    """Decode every image as training would, in a pool of threads; the results are in order."""
+    """Decode every image as training would, in a pool of threads; the results are in order.
+
+    libjpeg and libpng print what is wrong with an image that they decode all the same, without its name. What is
+    printed while a number of images are decoded is caught; if it is anything, halves of them are decoded again, until
+    it is known which image it was.
+    """
 
     def check(row: int) -> Decoded:
         try:
@@ -232,9 +253,19 @@ def decode_all(index: Index) -> Iterator[Decoded]:
             return Decoded(b"", str(error))
         return Decoded(hashlib.blake2b(content, digest_size=16).digest(), "")
 
+    def check_all(rows: range) -> list[Decoded]:
+        with printed() as lines:
+            found = list(pool.map(check, rows))
+        if not lines:
+            return found
+        if len(rows) > 1:
+            half = len(rows) // 2
+            return check_all(rows[:half]) + check_all(rows[half:])
+        return [found[0] if found[0].problem else found[0]._replace(warning=f"{index.path(rows[0])}: {lines[0]}")]
+
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(index), AT_ONCE):
-            yield from pool.map(check, range(start, min(start + AT_ONCE, len(index))))
+            yield from check_all(range(start, min(start + AT_ONCE, len(index))))
 
 
 class _Flat(NamedTuple):
@@ -282,6 +313,13 @@ def _records(
     for split, images in decoded.items():
         broken = [image.problem for image in images if image.problem]
         yield Finding.of("error", split, "images that cannot be used", broken, SKIP)
+        warnings = [image.warning for image in images if image.warning]
+        passed_over = [warning for warning in warnings if _HARMLESS in warning]
+        damaged = [warning for warning in warnings if _HARMLESS not in warning]
+        remedy = "look at them: a part may be grey or shifted; fetch them again, or remove them"
+        yield Finding.of("warning", split, "images that are damaged but can be decoded", damaged, remedy)
+        remedy = "nothing of the picture is lost"
+        yield Finding.of("note", split, "PNG files of which the decoder passes over a part", passed_over, remedy)
 
 
 def _files(split: str, index: Index) -> Iterator[Finding]:
@@ -457,7 +495,8 @@ def _figure(index: Index, row: int, only: int | None = None, count: int = 0) -> 
     """Draw an image with its objects, or those of one class."""
     name, (width, height) = index.table["path"][row].as_py(), index.size(row)
     try:
-        image = decode(index.read(row), index.path(row), (width, height))
+        with printed() as lines:
+            image = decode(index.read(row), index.path(row), (width, height))
     except RaydetError as error:
         return Figure(np.full((SIDE * 3 // 4, SIDE, 3), 128, np.uint8), str(error))
     objects = index.annotations(row)
@@ -465,6 +504,7 @@ def _figure(index: Index, row: int, only: int | None = None, count: int = 0) -> 
     caption = f"{name} · {width}x{height} · {_objects(int((~objects.crowd).sum()))}"
     if only is not None:
         caption = f"{index.class_names[only]} · {_objects(count)} · {name}"
+    caption = " · ".join((caption, *lines[:1]))
     labels = objects.labels + len(index.class_names) * objects.crowd
     names = [*index.class_names, *(f"{one} (crowd)" for one in index.class_names)]
     return _draw(image, objects.boxes[shown], labels[shown], names, caption)

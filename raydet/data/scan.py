@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
@@ -16,7 +16,19 @@ from raydet.errors import RaydetError
 
 T = TypeVar("T")
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# The one list of what is an image, for training, prediction and inspection: `raydet.data.render.decode` decodes it, and
+# Pillow knows its size.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    *(".png", ".apng", ".bmp", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".ras", ".sr"),
+)
+# Files that often lie among images and that nobody takes for one.
+_COMPANIONS = (
+    *(".txt", ".xml", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".names", ".data", ".cache"),
+    *(".md", ".html", ".db", ".ini"),
+)
 HEADER = 64 * 1024  # bytes in which the size of nearly every image is found
 THREADS = 16  # they wait for a disk or a network more than they work
 SHOW_FROM = 10_000  # files that take long enough for a progress bar
@@ -29,12 +41,69 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def legible(text: str) -> str:
+    """Return a name as it can be printed: bytes of it that are not UTF-8 become `\\xe9`."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def list_images(store: Store, folder: str, problems: Problems) -> dict[str, int]:
+    """List the images in a folder and in those below it, sorted: path below the folder → size in bytes.
+
+    What is hidden is left out, see `raydet.data.store.is_hidden`.
+
+    Args:
+        store: where it is.
+        folder: below the root.
+        problems: gets each image whose name is not UTF-8, which is left out; and notices of the files that are no
+            images and of the links that lead nowhere.
+
+    Raises:
+        RaydetError: there is no such folder.
+    """
+    files, start = store.files(folder, recursive=True), os.path.join(folder, "")
+    images = sift([start + name for name in files], problems, store.path)
+    dead = [legible(start + name) for name in store.dead_links(folder)]
+    problems.notice(f"{counted(dead, 'link')} to nothing", dead, "fetch the files, or remove the links")
+    return {name: files[name][0] for name in (image.removeprefix(start) for image in images)}
+
+
+def sift(paths: Iterable[str], problems: Problems, full: Callable[[str], str] = str) -> list[str]:
+    """Return the paths of images among those of files.
+
+    Args:
+        paths: paths of files.
+        problems: gets each image whose name is not UTF-8, and a notice of the files that are no images.
+        full: makes a path the one to show.
+    """
+    images, others = [], []
+    for path in paths:
+        if not is_image(path):
+            others += [] if path.lower().endswith(_COMPANIONS) else [legible(path)]
+        elif legible(path) != path:
+            problems.add(f"{legible(full(path))}: the name is not UTF-8: rename the file")
+        else:
+            images.append(path)
+    problems.notice(
+        f"left out: {counted(others, 'file')} that {'is no image' if len(others) == 1 else 'are no images'} raydet "
+        "decodes",
+        others,
+        "convert them to PNG or JPEG, if they are images",
+    )
+    return images
+
+
+def counted(records: Sized, noun: str, nouns: str = "") -> str:
+    """Return a number of records in words, such as "6 images"; `nouns`, if not with an s."""
+    return f"{len(records):,} {noun if len(records) == 1 else nouns or noun + 's'}"
+
+
 def present(store: Store, names: Iterable[str]) -> dict[str, int]:
     """List the folders that `names` lie in, each once: path of each file there → its size in bytes."""
     found: dict[str, int] = {}
     for folder in sorted({os.path.dirname(name) for name in names}):
         if store.kind(folder) == "folder":
-            found |= {os.path.join(folder, name): size for name, (size, _) in store.files(folder).items()}
+            listed = store.files(folder, hidden=True)  # they may be named, if they are not looked for
+            found |= {os.path.join(folder, name): size for name, (size, _) in listed.items()}
     return found
 
 

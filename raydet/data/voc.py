@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from raydet.data.index import Array, Index, index_of_images
-from raydet.data.problems import Problems
-from raydet.data.scan import each, image_sizes, is_image
-from raydet.data.store import Store, inside
+from raydet.data.problems import Problems, refuse_shares
+from raydet.data.scan import counted, each, image_sizes, legible, list_images
+from raydet.data.store import Store, check_encoding, inside
 from raydet.errors import RaydetError, did_you_mean
 
 Difficult = Literal["keep", "ignore", "drop"]
@@ -43,20 +43,22 @@ def load_voc(
     difficult: Difficult = "keep",
     problems: Problems | None = None,
     class_names: Sequence[str] | None = None,
+    folders: Sequence[str] = (),
 ) -> Index:
-    """Read a folder of Pascal VOC's XML files.
+    """Read a folder of Pascal VOC's XML files, and those below it.
 
     The corners are taken as they stand, as the edges of the box. (The devkit's own files call the first pixel 1, most
     tools that write the format today call it 0, no file says which, and converters to COCO and YOLO subtract nothing.)
     Boxes without area or outside their image stay as annotated. Image ids number the images by name, from 0.
 
-    The image of an XML file has its name and the suffix of an image, or else is the one in <filename>. Its size is that
-    in <size>; where that is missing or 0, it is read from the image.
+    The image of an XML file has its path below the folder of images, with the suffix of an image, or else is the one
+    in <filename>. Its size is that in <size>; where that is missing or 0, it is read from the image.
 
     A problem is a file that is listed but not there, that is no XML or declares a document type (its entities could
     expand without end), or whose image is missing, no image, or outside the folder: the image is left out. So is an
     object without a name or a corner, with one that is not finite, with corners that are swapped, or of a class that is
-    not in `class_names`.
+    not in `class_names`. A notice is given of images without an XML file, where most have one and no list says which
+    are meant.
 
     Args:
         store: what the paths start from.
@@ -65,16 +67,18 @@ def load_voc(
         images: folder of the images.
         difficult: objects that are so called: "keep" them, "ignore" them like COCO's crowds, or "drop" them.
         problems: gets what is wrong with files and objects; None: the first problem stops.
-        class_names: name of each label; None: all that occur in the folder, sorted, so that its splits agree.
+        class_names: name of each label; None: all that occur in `folders`, sorted, so that the splits agree.
+        folders: the folders of XML files of all splits; none: `annotations`.
 
     Raises:
-        RaydetError: a folder or the list is missing; or see `problems`.
+        RaydetError: a folder or the list is missing, or all boxes look like shares of their images; or see `problems`.
     """
     problems, folder = problems or Problems(), store.below(images)
-    class_names = class_names_in(store, annotations) if class_names is None else class_names
+    folders = folders or [annotations]
+    class_names = class_names_in(store, *folders) if class_names is None else class_names
     xml_of = _xml_files(store, annotations)
     listed = sorted(xml_of) if split_file is None else _listed(store.text(split_file), xml_of)
-    lengths = {name: length for name, (length, _) in folder.files().items() if is_image(name)}
+    lengths = list_images(folder, "", problems)
     image_of = {_stem(name): name for name in reversed(lengths)}
 
     found = []
@@ -83,14 +87,23 @@ def load_voc(
         if isinstance(picture, RaydetError):
             problems.add(str(picture))
             continue
-        source = store.path(path)
+        source = legible(store.path(path))
         try:
+            check_encoding(name)
             image = image_of.get(name) or inside(picture.filename)
+            if image not in lengths:
+                image = os.path.join(os.path.dirname(name), image)
             if image not in lengths:
                 raise ValueError(f"its image, {image}, is not in {folder.root}")
             found.append((source, image, picture))
         except ValueError as error:
             problems.add(f"{source}: {error}")
+    if split_file is None:
+        known = {name for each in folders for name in _xml_files(store, each)} | {_stem(image) for _, image, _ in found}
+        bare = [image for image in lengths if _stem(image) not in known]
+        if 2 * len(bare) < len(lengths):
+            what = f"{counted(bare, 'image has', 'images have')} no XML file"
+            problems.notice(what, bare, "they are left out; an image without objects has a file that says so")
     sizes = image_sizes(folder, [image for _, image, picture in found if not picture.size], lengths, problems)
 
     kept: list[tuple[int, str, int, int]] = []
@@ -100,6 +113,7 @@ def load_voc(
         if size is not None:
             kept.append((len(kept), image, *size))
             objects.append(_objects(picture, class_names, difficult, source, problems))
+    refuse_shares(np.concatenate([np.empty((0, 4)), *(boxes for boxes, *_ in objects)]), store.path(annotations))
     return index_of_images(kept, objects, root=folder.root, class_names=class_names)
 
 
@@ -111,8 +125,9 @@ def class_names_in(store: Store, *folders: str) -> list[str]:
 
 
 def _xml_files(store: Store, folder: str) -> dict[str, str]:
-    """Return name without suffix → path."""
-    return {_stem(name): os.path.join(folder, name) for name in store.files(folder) if name.lower().endswith(".xml")}
+    """Return path below the folder without suffix → path."""
+    files = store.files(folder, recursive=True)
+    return {_stem(name): os.path.join(folder, name) for name in files if name.lower().endswith(".xml")}
 
 
 def _stem(name: str) -> str:
@@ -133,7 +148,10 @@ def _read(store: Store, name: str) -> _Picture:
     try:
         root = ET.fromstring(store.read(name), ET.XMLParser(target=_WithoutDoctype()))
     except (ET.ParseError, ValueError, LookupError) as error:  # the last: of an unknown encoding
-        raise RaydetError(f"{store.path(name)} is not valid XML: {error}") from None
+        raise RaydetError(f"{legible(store.path(name))} is not valid XML: {error}") from None
+    if "}" in root.tag:  # a namespace, in front of each name
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
     objects, errors = [], []
     for number, element in enumerate(root.iterfind("object"), 1):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import cv2
 from torch import nn
@@ -12,7 +11,7 @@ from raydet.data.index import Index
 from raydet.data.render import decode
 from raydet.errors import RaydetError
 from raydet.predict import Detections, load
-from raydet.visualization import draw_boxes, grid
+from raydet.visualization import draw_boxes, grid, resized
 
 SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
 
@@ -36,7 +35,7 @@ def draw_validation(folder: Path, index: Index, model: nn.Module | None = None) 
         except RaydetError:  # left out, as the log says
             continue
         scale = min(CELL / side for side in image.shape[:2])
-        shown: Any = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        shown = resized(image, scale, cv2.INTER_AREA)
         truth = index.annotations(row)
         found = predictor.predict(image[:, :, ::-1], SHOWN_SCORE)
         assert isinstance(found, Detections)

@@ -243,7 +243,8 @@ def open_run(job: Job) -> None:
         if changed:
             raise RaydetError(
                 f"{folder} is a run with other settings ({'; '.join(changed)}); "
-                "choose another name=…, or remove the folder"
+                "choose another name=…, or remove the folder; to train on from its weights: name=… "
+                f"model.weights={recipe.storage}/{recipe.name}"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

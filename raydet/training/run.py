@@ -280,12 +280,14 @@ class RunLog:
         self._append("images/pictures.jsonl", json.dumps(note))
 
     def left_out(self, problems: Mapping[str, Problems]) -> None:
-        """List the records of each split that cannot be used."""
+        """List the records of each split that cannot be used, and say what may be a mistake."""
         for split, found in problems.items():
             for message in found.messages:
                 self._append("log.txt", f"left out of the {split} data: {message}")
             if found.messages:
                 self.say(f"{len(found.messages)} records of the {split} data cannot be used; log.txt names them")
+            for notice in found.notices:
+                self.say(f"warning: {split} data: {notice}")
 
     def say(self, text: str) -> None:
         """Append a line of text."""

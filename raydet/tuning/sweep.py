@@ -121,6 +121,8 @@ def _sweep(
     for split, found in problems.items():
         if found.messages:
             say(f"{len(found.messages)} records of the {split} data cannot be used, such as: {found.messages[0]}")
+        for notice in found.notices:
+            say(f"warning: {split} data: {notice}")
     make_job(settings, train_index, val_index, own["model"], own["loss"])  # raises what each trial would
 
     prepare_tune()

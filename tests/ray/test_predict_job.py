@@ -178,6 +178,18 @@ def test_from_a_bucket_to_a_bucket(checkpoint, photos, tmp_path):
     assert not (s3.folder / "found/errors.json").exists()
 
 
+def test_what_is_hidden_is_no_image_and_what_is_left_out_is_said(checkpoint, photos, tmp_path):
+    for name in (".ipynb_checkpoints/a.jpg", "@eaDir/a.jpg", "._a.jpg", "caf\udce9.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "photo_000.jpg", tmp_path / "in" / name)
+    (tmp_path / "in/notes.heic").touch()
+    said = []
+    with pytest.raises(RaydetError, match=r"in: no images in it \(\.jpg, "):
+        batch_predict(checkpoint, str(tmp_path / "in"), str(tmp_path / "out"), say=said.append)
+    assert re.search(r"^warning: .*caf\\xe9\.jpg: the name is not UTF-8", said[0])
+    assert said[1].startswith("warning: left out: 1 file that is no image raydet decodes, such as notes.heic: ")
+
+
 def test_a_folder_of_other_files_is_refused(checkpoint, photos, tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(RaydetError, match=r"holds other files, such as mine\.json"):

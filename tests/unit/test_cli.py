@@ -100,9 +100,9 @@ def test_predict_writes_pictures_and_coco_results(run, shapes, tmp_path):
 
 def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tmp_path):
     folder, _ = run
-    for name in ("a/1.png", "b/1.png", "c.jfif"):
+    for name in ("a/1.png", "b/1.png", "c.photo"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        encoded = cv2.imencode(".jpg" if name == "c.jfif" else ".png", np.zeros((40, 40, 3), np.uint8))[1]
+        encoded = cv2.imencode(".jpg" if name == "c.photo" else ".png", np.zeros((40, 40, 3), np.uint8))[1]
         (tmp_path / name).write_bytes(encoded.tobytes())
     done = raydet("predict", folder, tmp_path, "--out", tmp_path)
     assert done.returncode == 2
@@ -112,7 +112,7 @@ def test_predict_neither_replaces_photos_nor_detects_in_its_own_pictures(run, tm
         assert "in 2 images" in done.stdout
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {(entry["image_id"], entry["file_name"]) for entry in found} == {(1, "a/1.png"), (2, "b/1.png")}
-    assert raydet("predict", folder, tmp_path / "c.jfif", "--out", tmp_path / "out").returncode == 0
+    assert raydet("predict", folder, tmp_path / "c.photo", "--out", tmp_path / "out").returncode == 0
     assert (tmp_path / "out" / "c.jpg").is_file()
 
 

@@ -1,6 +1,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +130,12 @@ def with_second(**changes):
         (with_second(annotation={"bbox": [1, 2, math.nan, 4]}), "annotation 1 of image 7: bbox .* is not finite"),
         (with_second(annotation={"bbox": [1, 2, 3, math.inf]}), "annotation 1 of image 7: bbox .* is not finite"),
         (with_second(annotation={"bbox": [10**400, 2, 3, 4]}), "is not of numbers"),
+        (with_second(annotation={"area": -500}), "annotation 1 of image 7: area -500 is negative: leave its sign out"),
+        (
+            with_second(annotation={"id": "x", "image_id": 3}),
+            "annotation x of image 3: image_id 3 is not in the file's",
+        ),
+        (with_second(annotation={"id": 2.5, "category_id": 4}), "annotation 2.5 of image 7: category_id 4 is not in"),
     ],
 )
 def test_a_broken_record_is_named_or_left_out(folder, value, message):
@@ -164,6 +172,126 @@ def test_polygons_are_passed_over(folder, segmentation, first):
     index = read(folder, value)
     assert index.num_boxes == 2
     assert index.class_names[1] == 'a "segmentation": [[1]]'
+
+
+def test_the_lists_may_be_in_any_order_and_ids_of_any_kind(folder):
+    value = content()
+    value["annotations"] += [SECOND | {"id": each} for each in ("b", 2**70, 1.5, True, None, None)]
+    read_first = read(folder, value, problems := Problems("skip"))
+    assert [message.split(": ")[-1] for message in problems.messages] == ["its id occurs more than once"]  # true is 1
+    backwards = dict(reversed(list(value.items())))
+    assert read(folder, backwards, Problems("skip")).table.equals(read_first.table)
+    value["annotations"][1]["id"] = "b"
+    value["annotations"][2]["id"] = "b"
+    assert read(folder, value, problems := Problems("skip")).num_boxes == 5
+    assert "annotation b of image 2: its id occurs more than once" in problems.messages[0]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100])
+def test_a_file_is_read_in_pieces(folder, monkeypatch, piece):
+    value = content()
+    value["annotations"] = [SECOND | {"id": i, "segmentation": [[i, 2.5], [1, 2]]} for i in range(50)]
+    whole = read(folder, value)
+    monkeypatch.setattr("raydet.data.coco._PIECE", piece)
+    monkeypatch.setattr("raydet.data.coco._BLOCK", 8)
+    assert read(folder, value).table.equals(whole.table)
+    assert whole.num_boxes == 50
+
+
+def test_many_annotations_take_little_memory(tmp_path):
+    """Not much more than their numbers: 57 bytes each, and as many for their index."""
+    count = 200_000
+    (tmp_path / "0.jpg").touch()
+    with open(tmp_path / "annotations.json", "w") as file:
+        file.write('{"images": [{"id": 0, "file_name": "0.jpg", "width": 640, "height": 480}], "annotations": [')
+        for i in range(count):
+            polygon = ", ".join(["123.45"] * 40)
+            file.write(
+                f'{"," * (i > 0)}{{"segmentation": [[{polygon}]], "area": 70.5, "iscrowd": 0, "image_id": 0, '
+                f'"bbox": [{i % 600}.5, 2.5, 9.5, 9.5], "category_id": 1, "id": {i}}}'
+            )
+        file.write('], "categories": [{"id": 1, "name": "a"}]}')
+    script = (
+        "import resource, sys\n"
+        "from raydet.data.coco import load_coco\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        "index = load_coco(sys.argv[1] + '/annotations.json', sys.argv[1])\n"
+        "print(index.num_boxes, peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    boxes, grown = map(int, done.stdout.split())
+    assert boxes == count
+    assert grown < 150e6 + 200 * count  # pieces of the file and blocks of records, whatever its size; then the arrays
+
+
+SHARES = [[0.1, 0.1, 0.5, 0.5], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("boxes", [SHARES, SHARES[:1]])
+def test_boxes_in_shares_are_asked_about_whatever_may_be_skipped(folder, boxes):
+    value = content()
+    value["annotations"] = [SECOND | {"id": i, "bbox": box} for i, box in enumerate(boxes)]
+    with pytest.raises(RaydetError, match=r"annotations\.json: all . boxes are between 0 and 1: are they shares of"):
+        read(folder, value, Problems("skip"))
+
+
+@pytest.mark.parametrize("boxes", [[[0, 0, 1, 1], [0, 0, 0, 0]], [*SHARES, [0.5, 0.5, 2, 2]], []])
+def test_small_boxes_in_pixels_are_no_shares(folder, boxes):
+    value = content()
+    value["annotations"] = [SECOND | {"id": i, "bbox": box} for i, box in enumerate(boxes)]
+    assert read(folder, value).num_boxes == len(boxes)
+
+
+@pytest.mark.parametrize("names", [("fish", "fish"), ("ponds", "fish"), ("ponds", "fish", "frog")])
+def test_a_root_category_of_roboflow_is_left_out_with_a_word(folder, names):
+    value = content()
+    root, *others = names
+    value["categories"] = [{"id": 0, "name": root, "supercategory": "none"}]
+    value["categories"] += [{"id": i, "name": each, "supercategory": root} for i, each in enumerate(others, 1)]
+    value["annotations"] = [SECOND | {"category_id": 1}]
+    index = read(folder, value, problems := Problems())
+    assert (index.class_names, index.category_ids) == (names[1:], tuple(range(1, len(names))))
+    assert index.annotations(0).labels.tolist() == [0]
+    (notice,) = problems.notices
+    assert str(notice).startswith(f"left out: 1 category that only others have above them, such as {root}: ")
+
+
+@pytest.mark.parametrize(
+    "categories",
+    [
+        [{"id": 3, "name": "animal", "supercategory": "none"}, {"id": 9, "name": "dog", "supercategory": "animal"}],
+        [{"id": 3, "name": "person", "supercategory": "person"}, {"id": 9, "name": "dog", "supercategory": "animal"}],
+        [{"id": 3, "name": "a", "supercategory": "b"}, {"id": 9, "name": "b", "supercategory": "a"}],
+        [{"id": 3, "name": "a", "supercategory": "none"}, {"id": 9, "name": "b", "supercategory": "none"}],
+        [{"id": 3, "name": "a", "supercategory": "none"}, {"id": 9, "name": "none", "supercategory": "none"}],
+    ],
+)
+def test_other_categories_stay(folder, categories):
+    assert len(read(folder, {**content(), "categories": categories}, problems := Problems()).class_names) == 2
+    assert problems.notices == []
+
+
+@pytest.mark.parametrize(
+    ("images", "name", "start"),
+    [
+        ("images", "images/a.jpg", "."),
+        ("images", r"images\a.jpg", "."),
+        ("all/images", "all/images/a.jpg", "."),
+        ("all/images", "images/a.jpg", "all"),
+    ],
+)
+def test_names_that_start_from_another_folder_are_told_which(tmp_path, images, name, start):
+    (tmp_path / images).mkdir(parents=True)
+    (tmp_path / images / "a.jpg").touch()
+    (tmp_path / "a.json").write_text(json.dumps(content(image={"file_name": name})))
+    with pytest.raises(RaydetError, match=rf"names start from another folder: pass data\.val_images={start}\)"):
+        load_coco("a.json", images, store=Store(tmp_path), images_key="data.val_images")
+
+
+def test_absolute_names_in_the_folder_are_taken(folder):
+    index = read(folder, content(image={"file_name": f"{folder}/a.jpg"}))
+    assert index.path(1) == str(folder / "a.jpg")
 
 
 def test_missing_files(tmp_path):

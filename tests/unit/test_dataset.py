@@ -157,6 +157,18 @@ def test_a_broken_record_is_named_or_left_out(root, broken, message, boxes):
         index_of_records([record("sub/a.jpg"), broken], CLASSES, root, Problems("skip", max_errors=0))
 
 
+@pytest.mark.parametrize("path", ["b\udce9.jpg", "/b\udce9.jpg"])
+def test_a_name_that_is_not_utf8_is_named_or_left_out(root, path):
+    with pytest.raises(RaydetError, match=r"record 0: file name '/?b\\udce9\.jpg' is not UTF-8"):
+        index_of_records([record(path)], CLASSES, root)
+    assert len(index_of_records([record(path), record()], CLASSES, root, Problems("skip"))) == 1
+
+
+def test_boxes_in_shares_are_asked_about(root):
+    with pytest.raises(RaydetError, match="all 1 boxes are between 0 and 1: are they shares of the image's width"):
+        index_of_records([record(boxes=[[0.1, 0.1, 0.5, 0.5]])], CLASSES, root, Problems("skip"))
+
+
 def test_an_image_that_is_none_is_left_out(root):
     (root / "b.jpg").write_text("text")
     with pytest.raises(RaydetError, match=r"b\.jpg is not an image"):

@@ -12,10 +12,12 @@ from torch import nn
 
 import raydet
 from raydet.data.coco import load_coco
+from raydet.data.formats import load_index
 from raydet.errors import RaydetError
 from raydet.losses import PPYoloELoss, YoloXFastDetectionLoss
 from raydet.models import family_of, get
 from raydet.recipe import load
+from raydet.training.pictures import draw_validation
 
 
 def train(demo, *overrides, **arguments):
@@ -153,6 +155,23 @@ def test_what_cannot_work_is_refused_before_it_starts(demo, overrides, message):
         raydet.train("demo", overrides=given, debug=True, device="cpu", say=print)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_narrow_images_are_trained_on_measured_and_drawn(demo, tmp_path):
+    sizes = [(80, 60), (6000, 5), (5000, 1), (1, 3000)]
+    for split in ("train", "val"):
+        for folder in ("images", "labels"):
+            (tmp_path / folder / split).mkdir(parents=True)
+        for number, (width, height) in enumerate(sizes):
+            cv2.imwrite(str(tmp_path / f"images/{split}/{number}.png"), np.full((height, width, 3), 90, np.uint8))
+            (tmp_path / f"labels/{split}/{number}.txt").write_text("0 0.5 0.5 0.9 0.9")
+    (tmp_path / "classes.txt").write_text("thing")
+    overrides = ["data.format=yolo", f"data.root={tmp_path}", "augment.mosaic=0.5", "augment.rotate90=0.5"]
+    result, _ = train(demo, *overrides, "train.batch_size=4", "train.epochs=1")
+    assert (result.folder / "report.html").is_file()
+    index = load_index(load(result.folder / "recipe.yaml").data, "val")
+    picture = cv2.imread(str(draw_validation(result.folder, index)))
+    assert (picture.reshape(-1, 3).min(1) < 200).any()  # all four are on it
 
 
 def test_evaluating_a_run_gives_what_its_training_found(debug_run):

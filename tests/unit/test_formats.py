@@ -337,8 +337,9 @@ def test_a_folder_without_annotations_says_what_was_looked_for(tmp_path, cache):
     message = (
         r"holds nothing that tells its format .*shards: train/index\.parquet.*coco: .*voc: .*yolo: .*data\.format="
     )
-    with pytest.raises(RaydetError, match=message):
+    with pytest.raises(RaydetError, match=message) as error:
         load_index(Data(root=str(tmp_path)), "train")
+    assert len(str(error.value)) < 250 + len(str(tmp_path))
 
 
 # ---- the cache
@@ -347,7 +348,7 @@ def test_a_folder_without_annotations_says_what_was_looked_for(tmp_path, cache):
 def test_an_index_is_kept(data, cache, monkeypatch):
     first = load_index(data(), "train")
     (file,) = cache.iterdir()
-    monkeypatch.setattr("raydet.data.coco.json", None)  # so that nothing can be read any more
+    monkeypatch.setattr("raydet.data.coco.read_lists", None)  # so that nothing can be read any more
     again = load_index(data(), "train")
     assert again.table.equals(first.table)
     assert (again.root, again.class_names, again.category_ids) == (first.root, first.class_names, first.category_ids)
@@ -404,6 +405,30 @@ def test_what_was_left_out_is_told_each_time(data, cache):
         load_index(data(), "train")
     with pytest.raises(RaydetError, match=r"more than data\.max_errors = 0"):
         load_index(data(on_error="skip", max_errors=0), "train")
+
+
+def test_notices_are_given_each_time_and_a_link_that_died_is_seen(tmp_path, cache):
+    write_yolo(tmp_path)
+    (tmp_path / "images/train/notes.heic").touch()
+    (tmp_path / "images/train/.DS_Store").touch()
+    (tmp_path / "images/train/c.jpg").rename(tmp_path / "c.jpg")
+    (tmp_path / "images/train/c.jpg").symlink_to(tmp_path / "c.jpg")
+    left_out = (
+        "left out: 1 file that is no image raydet decodes, such as images/train/notes.heic: convert them to PNG or "
+        "JPEG, if they are images"
+    )
+    for _ in range(2):
+        problems = Problems()
+        assert len(load_index(Data(root=str(tmp_path)), "train", problems)) == 2
+        assert [str(notice) for notice in problems.notices] == [left_out]
+    (tmp_path / "c.jpg").unlink()
+    for _ in range(2):
+        problems = Problems()
+        assert len(load_index(Data(root=str(tmp_path)), "train", problems)) == 1
+        assert [str(notice) for notice in problems.notices[:2]] == [
+            left_out,
+            "1 link to nothing, such as images/train/c.jpg: fetch the files, or remove the links",
+        ]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:99] + bytes([b[99] ^ 1]) + b[100:]])

@@ -34,6 +34,18 @@ def test_an_epoch_has_every_image(loader, split, images, batches):
     assert sum(len(each) for each, _ in mine) == images == len(mine.index)
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_fewer_images_than_a_batch_are_repeated_as_in_training(shapes, caplog, epoch):
+    overrides = [f"data.root={shapes}", "data.image_size=64", "data.max_num_samples=3"]
+    mine = raydet.data.loader("demo", overrides, batch_size=8, epoch=epoch)
+    ((images, targets),) = list(mine)
+    assert (len(mine), len(images)) == (1, 8)
+    assert set(targets[:, 0].tolist()) <= set(range(8))
+    rows = mine.samples.rows(8 * epoch, 8 * epoch + 8)  # those of the steps of a training
+    assert set(rows.tolist()) == {0, 1, 2}
+    assert "a batch takes 8 images, but there are 3: it repeats them" in caplog.text
+
+
 def test_validation_ends_with_what_is_left(shapes):
     sizes = [len(images) for images, _ in raydet.data.loader("demo_val", [f"data.root={shapes}"], batch_size=10)]
     assert sizes == [10, 10, 4]

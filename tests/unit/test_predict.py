@@ -25,7 +25,7 @@ from raydet.models import Preprocessing
 from raydet.predict import Detections, Found, Predictor, Stream, pick_device
 from raydet.predictions import NOTES, open_target, picture_files, save
 from raydet.recipe import Eval
-from raydet.sources import image_files
+from raydet.sources import image_files, open_source
 from raydet.training.checkpoint import Config
 from raydet.training.evaluate import post_prediction, run
 from raydet.visualization import write_picture, write_video
@@ -188,6 +188,27 @@ def test_the_orientation_that_a_camera_noted_is_applied(predictor, photo, tmp_pa
     found = predictor.predict(SINGLE[kind](tmp_path / "turned.png", None))
     np.testing.assert_array_equal(found.image, rgb(photo[0]))
     same(found, predictor.predict(rgb(photo[0])))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "L", "RGBA", "P", "1"])
+def test_a_pil_image_has_the_pixels_that_its_file_has(tmp_path, mode):
+    if mode.startswith("I"):
+        ramp = np.arange(65536, dtype=">u2" if mode == "I;16B" else "<u2").reshape(256, 256)
+        image = PIL.Image.fromarray(ramp)
+    else:
+        pixels = np.arange(256 * 96, dtype=np.uint32).view(np.uint8).reshape(256, 96, 4)
+        image = PIL.Image.fromarray(pixels).convert(mode)
+    assert image.mode == mode
+    file = tmp_path / ("a.tif" if mode == "I;16B" else "a.png")
+    image.save(file)
+    (ours,), (theirs,) = (next(iter(open_source(source).parts)) for source in (image, file))
+    np.testing.assert_array_equal(ours.read(), theirs.read())
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_pil_image_of_unknown_range_is_refused(predictor, mode):
+    with pytest.raises(RaydetError, match=f"image is a PIL image of mode {mode}, .*: scale it to 0 … 255"):
+        predictor.predict(PIL.Image.new(mode, (40, 20)))
 
 
 def test_a_large_image_is_seen_as_in_training(predictor, photo, tmp_path):
@@ -471,6 +492,32 @@ def test_files_are_found_below_a_folder(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [str(path.relative_to(tmp_path)) for path in image_files(tmp_path)] == ["b.PNG", "inner/a.jpg"]
     assert image_files(tmp_path / "b.PNG") == [tmp_path / "b.PNG"]
+
+
+def test_what_is_hidden_is_left_out_and_what_is_no_image_is_counted(tmp_path, caplog):
+    for name in ("a.jfif", ".a.jpg", "._a.jpg", "@eaDir/a.jpg/T.jpg", ".thumbs/b.jpg", "sub/b.AVIF", "sub/c.heic", "d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "caf\udce9.jpg").write_bytes(b"")
+    (tmp_path / "sub/back").symlink_to(tmp_path)
+    for source, other in ((tmp_path, "d"), (f"{tmp_path}/**", f"{tmp_path}/d")):
+        caplog.clear()
+        assert image_files(source) == [tmp_path / "a.jfif", tmp_path / "sub/b.AVIF"]
+        assert f"left out: 2 files that are no images raydet decodes, such as {other}" in caplog.text
+        assert r"caf\xe9.jpg: the name is not UTF-8" in caplog.text
+    assert image_files(f"{tmp_path}/.*.jpg") == [tmp_path / "._a.jpg", tmp_path / ".a.jpg"]  # they are meant
+    assert image_files(f"{tmp_path}/@eaDir/*/*") == [tmp_path / "@eaDir/a.jpg/T.jpg"]
+
+
+def test_pictures_of_formats_that_are_not_written_are_jpeg(predictor, photo, tmp_path):
+    for name in ("a.jpg", "a.gif", "b.jp2", "c.jfif", "inner/c.JPE"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {".gif": "GIF", ".jp2": "JPEG2000"}.get(name[-4:], "JPEG")
+        PIL.Image.open(photo[0]).save(tmp_path / "photos" / name, kind)
+    target = open_target(str(tmp_path / "photos"), tmp_path / "out")
+    assert save(predictor.stream(target.source), target).images == 5
+    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.jpg"))
+    assert written == ["a.gif.jpg", "a.jpg", "b.jpg", "c.jpg", "inner/c.jpg"]
 
 
 def test_missing_images_and_devices_are_named(tmp_path):

@@ -62,6 +62,7 @@ def test_another_run_under_the_same_name_is_refused(job, overrides, others, mess
         open_run(job(*overrides, **others))
     assert message in str(error.value)
     assert "choose another name" in str(error.value)
+    assert f"to train on from its weights: name=… model.weights={job().folder}" in str(error.value)
 
 
 def test_a_run_whose_folder_was_renamed_goes_on_under_its_new_name(job, tmp_path):

@@ -2,6 +2,8 @@ import inspect
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raydet import losses, recipe
 from raydet.errors import RaydetError
@@ -125,6 +127,37 @@ def test_what_is_text_stays_text(text, tmp_path):
     assert load(mine, [f"data={{train_images: {text}}}"]).data.train_images == text
 
 
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("/data/batch #2", "/data/batch #2"),
+        ("#2", "#2"),
+        ("a: b", "a: b"),
+        ("[x", "[x"),
+        ("*.jpg", "*.jpg"),
+        ("{a}", "{a}"),
+        ("!x", "!x"),
+        ("- a", "- a"),
+        ("'tis", "'tis"),
+        ("it's", "it's"),
+        (" x ", "x"),
+        ("'a # b'", "a # b"),
+        ('"2017"', "2017"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'null'", "null"),
+    ],
+)
+def test_text_is_taken_as_it_is_typed(typed, value):
+    assert load("demo", [f"data.train_images={typed}"]).data.train_images == value
+
+
+@given(st.text())
+def test_any_text_can_be_given_by_a_program(text):
+    assert load("demo", [recipe.override("data.root", text)]).data.root == text
+
+
 @pytest.mark.parametrize("value", ["320", "[320, 320]"])
 def test_image_size_is_one_number_or_two(value):
     assert load("demo", [f"data.image_size={value}"]).data.image_size == (320, 320)
@@ -215,6 +248,8 @@ def test_a_run_lies_below_its_storage(name, folder, tmp_path):
         ("- 1", "holds no settings"),
         ("", "holds no settings"),
         ("x: 1", "x: no such setting"),
+        ("train: images/train", "mine.yaml describes a data set and is no recipe: name its folder, /"),
+        ("path: .\nnames: [a]", "mine.yaml describes a data set and is no recipe: name its folder, /"),
         ("loss: {name: SSDLoss, iou_weight: 1}", "loss.iou_weight: no such setting; it is an argument of another loss"),
     ],
 )

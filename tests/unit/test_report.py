@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from raydet.data import report
 from raydet.data.index import make_index
-from raydet.data.report import CELLS, decode_all, inspect, measure
+from raydet.data.problems import Notice
+from raydet.data.report import CELLS, Finding, decode_all, inspect, measure
 from raydet.data.report_page import render
 from tests.command import raydet
 
@@ -233,6 +235,26 @@ def test_decoding_finds_what_cannot_be_used_and_copies(folder):
     assert found["images in both splits"] == ("warning", "train, val", 1)
 
 
+def test_what_libraries_print_of_an_image_is_a_finding_with_its_name(folder, capfd):
+    content = (folder / "1.jpg").read_bytes()
+    (folder / "damaged.jpg").write_bytes(content[:900] + b"\xff\xd3\0\0" + content[900:])
+    pixels = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    pixels.save(folder / "profile.png", icc_profile=b"no profile" * 20)
+    pixels.save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:60])
+    index = files(folder, *["0.jpg", "1.jpg"] * 5, "damaged.jpg", "profile.png", "cut.png", "2.jpg")
+    decoded = list(decode_all(index))
+    assert [number for number, image in enumerate(decoded) if image.warning] == [10, 11]
+    assert decoded[10].warning == f"{folder}/damaged.jpg: Corrupt JPEG data: premature end of data segment"
+    assert decoded[11].warning == f"{folder}/profile.png: libpng warning: iCCP: too short"
+    assert "cut.png is not an image that can be decoded" in decoded[12].problem
+    assert [image.digest for image in decoded[:2]] * 5 == [image.digest for image in decoded[:10]]
+    found = findings(index, decoded={"train": decoded})
+    assert found["images that are damaged but can be decoded"] == ("warning", "train", 1)
+    assert found["PNG files of which the decoder passes over a part"] == ("note", "train", 1)
+    assert capfd.readouterr().err == ""  # nor does OpenCV print lines of its own
+
+
 def test_records_that_were_left_out_are_counted_and_the_worst_comes_first(folder):
     index = files(folder, "0.jpg")
     problems = {"train": [f"a.txt: line {i} is broken" for i in range(25)]}
@@ -244,6 +266,12 @@ def test_records_that_were_left_out_are_counted_and_the_worst_comes_first(folder
     page = render(inspect("data", {"train": index}, problems))
     assert "a.txt: line 9 is broken" in page
     assert "and 15 more" in page
+
+
+def test_notices_are_findings(folder):
+    notice = Notice("6 images have no label file", "they are background", 6, ["a.jpg", "b.jpg"])
+    found = inspect("data", {"train": files(folder, "0.jpg")}, {}, notices={"train": [notice]}).findings
+    assert Finding("warning", "train", notice.what, 6, notice.remedy, ("a.jpg", "b.jpg")) in found
 
 
 def test_a_split_that_cannot_be_read_is_an_error_beside_the_other(folder):
@@ -354,6 +382,14 @@ def test_a_data_set_without_a_validation_split_is_shown_too(shapes, tmp_path):
     assert "nothing.json" in (tmp_path / "inspect.html").read_text()
 
 
+def test_a_folder_s_name_is_taken_as_it_is_typed(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "batch #2")
+    (tmp_path / "batch").mkdir()
+    done = raydet("inspect", "batch #2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ["images", "40", "24"] in [line.split() for line in done.stdout.replace("│", " ").splitlines()]
+
+
 def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
     copy = shutil.copytree(shapes, tmp_path / "copy")
     file = copy / "annotations" / "instances_train.json"
@@ -372,10 +408,14 @@ def test_names_from_strangers_do_nothing_to_the_terminal(shapes, tmp_path):
         (["demo", "--recipe", "demo"], "demo is neither a folder nor the URI of one"),
         (["{shapes}", "--out", "{shapes}"], "cannot be written"),
         (["{shapes}", "data.rooot=x"], "did you mean data.root?"),
+        (["{data_yaml}"], "data.yaml describes a data set and is no recipe: name its folder"),
     ],
 )
 def test_a_mistake_is_one_line(shapes, tmp_path, arguments, message):
-    done = raydet("inspect", *(argument.format(shapes=shapes) for argument in arguments), cwd=tmp_path)
+    data_yaml = tmp_path / "data.yaml"
+    data_yaml.write_text("train: images\nnames: [a]")
+    arguments = [argument.format(shapes=shapes, data_yaml=data_yaml) for argument in arguments]
+    done = raydet("inspect", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")

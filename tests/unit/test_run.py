@@ -78,6 +78,9 @@ def test_records_left_out_are_listed(tmp_path):
     heard = []
     RunLog(tmp_path, echo=heard.append).left_out(problems)
     assert heard == ["1 records of the train data cannot be used; log.txt names them"]
+    problems["val"].notice("2 images have no label file", ["a.jpg", "b.jpg"], "they are background")
+    RunLog(tmp_path, echo=heard.append).left_out({"val": problems["val"]})
+    assert heard[1:] == ["warning: val data: 2 images have no label file, such as a.jpg: they are background"]
     assert "left out of the train data: labels/7.txt: line 3 is broken" in (tmp_path / "log.txt").read_text()
 
 

@@ -1,18 +1,20 @@
 import io
+import time
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raydet.data.batch import local_eval_batches, local_train_batches
 from raydet.data.index import Index, make_index
 from raydet.data.mosaic import Mixup, Mosaic
-from raydet.data.render import Sources, decode, imread
+from raydet.data.render import Sources, _is_cut_off, decode, imread
 from raydet.data.samples import Samples
-from raydet.data.transforms import HSV, HorizontalFlip, Letterbox, RandomAffine
+from raydet.data.transforms import HSV, ChannelSwap, HorizontalFlip, Letterbox, RandomAffine, Rotate90, VerticalFlip
 from raydet.errors import RaydetError
 
 SIZE = (64, 96)
@@ -297,6 +299,58 @@ def test_exif_rotation_is_as_the_annotation_says(annotated):
     assert left > 200 or annotated == (32, 48)
 
 
+JPEG = {
+    "plain": {},
+    "progressive": {"progressive": True},  # many scans, with tables between them
+    "restarts": {"restart_marker_rows": 1},
+    "progressive restarts": {"progressive": True, "restart_marker_rows": 1},
+    "thumbnail": {"exif": b"Exif\0\0" + cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()},
+    "profile": {"icc_profile": bytes(range(256)) * 300, "comment": b"\xff\xd9"},
+}
+BEHIND = {
+    "nothing": b"",
+    "zeros": bytes(5000),
+    "a video": b"MotionPhoto_Data"
+    + np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()
+    + b"\xff\xda" * 2000,
+    "another image": cv2.imencode(".jpg", np.zeros((9, 9, 3), np.uint8))[1].tobytes(),
+    "half an image": cv2.imencode(".jpg", np.zeros((99, 99, 3), np.uint8))[1].tobytes()[:-50],
+    "text": b"\n",
+}
+
+
+def jpeg(**options):
+    pixels = cv2.resize(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8), (64, 48))
+    content = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_jpeg_is_whole_whatever_is_behind_its_end(kind, behind):
+    content = jpeg(**JPEG[kind])
+    np.testing.assert_array_equal(decode(content + BEHIND[behind], "a.jpg"), decode(content, "a.jpg"))
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_jpeg_is_cut_off_wherever_it_ends(kind):
+    content = jpeg(**JPEG[kind])
+    for end in range(len(content) - 1000, len(content)):
+        with pytest.raises(RaydetError, match=rf"a.jpg is not an image that can be decoded \({end} bytes\)"):
+            decode(content[:end], "a.jpg")
+        assert _is_cut_off(content[:end])  # whatever OpenCV of another version makes of it
+        assert _is_cut_off(content[:end] + bytes(5000))
+
+
+def test_to_see_whether_a_jpeg_is_whole_costs_little(shared):
+    images = [path.read_bytes() for path in sorted((shared / "data/coco_mini/val2017").glob("*.jpg"))[:50]]
+    started = time.process_time()
+    for content in images * 10:
+        assert not _is_cut_off(content)
+    assert (time.process_time() - started) / 500 < 50e-6  # seconds; to decode it takes 2 ms and more
+
+
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_images_can_be_decoded_smaller(reduction, suffix):
@@ -321,3 +375,43 @@ def test_what_is_shown_small_is_decoded_small(tmp_path):
     expected = cv2.resize(photo, (90, 60), interpolation=cv2.INTER_AREA)
     found = samples.sample(0).image[2:62, 3:93]
     assert np.abs(found.astype(int) - expected)[2:-2, 2:-2].mean() < 3
+
+
+EVERYTHING = (
+    HorizontalFlip(0.5),
+    VerticalFlip(0.5),
+    Mosaic(0.7, Letterbox(SIZE)),
+    RandomAffine(SIZE, 180, 0.5, (0.1, 3), 45),
+    Mixup(0.7, SIZE),
+    HSV(1.0, 5, 30, 30),
+    ChannelSwap(0.5),
+)
+ONE = (HorizontalFlip(0.5), Rotate90(0.5), Letterbox(SIZE), RandomAffine(SIZE, 180, 0.5, (0.1, 3), 45))
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 6000), st.integers(1, 12), st.booleans()).map(lambda s: s[1::-1] if s[2] else s[:2]),
+        min_size=4,
+        max_size=4,
+    ),
+    suffix=st.sampled_from((".png", ".jpg")),
+    transforms=st.sampled_from(
+        (EVERYTHING, ONE, *((Letterbox(SIZE, resize),) for resize in ("pad_bottom_right", "pad_centre", "stretch")))
+    ),
+)
+@example(sizes=[(6000, 5), (5000, 1), (1, 5000), (1, 1)], suffix=".png", transforms=EVERYTHING)
+@example(sizes=[(5000, 1)] * 4, suffix=".png", transforms=EVERYTHING)
+@example(sizes=[(40000, 3), (3, 40000), (33000, 33), (2, 2)], suffix=".png", transforms=EVERYTHING)
+@settings(max_examples=40, deadline=None)
+def test_images_of_any_size_are_shown(tmp_path_factory, sizes, suffix, transforms):
+    folder = tmp_path_factory.mktemp("sizes")
+    files = [f"{number}{suffix}" for number in range(len(sizes))]
+    for name, (width, height) in zip(files, sizes, strict=True):
+        cv2.imwrite(str(folder / name), np.full((height, width, 3), 200, np.uint8))
+    samples = Samples(index_of(folder, files, sizes), transforms, SIZE, chunk_size=4)
+    for position in range(8):
+        sample = samples.sample(position)
+        assert sample.image.shape == (*SIZE, 3)
+        if len(transforms) == 1:
+            assert (sample.image != 114).any()  # there is something to see

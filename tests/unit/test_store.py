@@ -2,8 +2,11 @@
 
 import os
 import pickle
+from pathlib import PurePosixPath
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raydet.data import store as stores
 from raydet.data.store import Store, inside
@@ -184,7 +187,43 @@ def test_links_to_nothing_are_no_files(tmp_path):
     (tmp_path / "a").touch()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "itself").symlink_to("itself")
     assert list(Store(tmp_path).files()) == ["a", "link"]
+    assert Store(tmp_path).dead_links() == ["dangling", "itself"]
+
+
+def test_links_to_folders_are_followed_but_not_back(tmp_path):
+    for name in ("data/a/1", "data/b/2", "data/b/deep/3", "other/4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target in {
+        "data/a/there": "../../other",
+        "data/a/itself": ".",
+        "data/b/deep/up": "..",
+        "data/b/above": tmp_path,
+        "other/back": "../data/a",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    assert list(Store(tmp_path / "data").files(recursive=True)) == ["a/1", "a/there/4", "b/2", "b/deep/3"]
+
+
+HIDDEN = (
+    ".name",
+    "._a.jpg",
+    ".ipynb_checkpoints/a.jpg",
+    "@eaDir/a.jpg",
+    ".Trash-1000/files/a.jpg",
+    "__MACOSX/a",
+    "a/.b/c",
+)
+
+
+def test_what_is_hidden_is_not_listed_but_on_request(filled):
+    for name in HIDDEN:
+        filled.write(name, b"")
+    assert filled.files(recursive=True).keys() == FILES.keys()
+    assert filled.files(recursive=True, hidden=True).keys() == {*FILES, *HIDDEN}
+    assert list(filled.files(".ipynb_checkpoints")) == ["a.jpg"]  # it was asked for
 
 
 @pytest.mark.parametrize(
@@ -193,6 +232,17 @@ def test_links_to_nothing_are_no_files(tmp_path):
 )
 def test_names_below_a_folder(name, path):
     assert inside(name) == path
+
+
+@given(st.text("ab.~/\\: ü\n-", min_size=1))
+def test_a_name_below_a_folder_is_a_path_in_its_shortest_form(name):
+    try:
+        path = inside(name)
+    except ValueError:
+        return
+    assert path == str(PurePosixPath(name.replace("\\", "/")))
+    assert not path.startswith("/")
+    assert ".." not in path.split("/")
 
 
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "a/../../b", "C:\\a.jpg", "s3://bucket/a", "\\\\host\\a"])

@@ -1,7 +1,11 @@
+import cv2
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from raydet.visualization import class_colour, draw_boxes, grid
+from raydet.data.render import letterbox
+from raydet.visualization import Shown, class_colour, draw_boxes, grid, resized, sheet
 
 
 def test_classes_have_colours_of_their_own():
@@ -57,8 +61,32 @@ def test_the_best_lies_on_top():
 
 def test_grid_fits_each_picture_into_its_cell():
     pictures = [np.full(shape, value, np.uint8) for shape, value in (((40, 20, 3), 10), ((10, 80, 3), 20))] * 2
-    sheet = grid(pictures, columns=3, cell=(30, 40))
-    assert sheet.shape == (60, 120, 3)
-    assert {10, 20} < set(np.unique(sheet).tolist())
-    assert (sheet[:30, 80:120] == 10).any()
-    assert (sheet[30:, 40:] == 255).all(), "cells that are left stay white"
+    together = grid(pictures, columns=3, cell=(30, 40))
+    assert together.shape == (60, 120, 3)
+    assert {10, 20} < set(np.unique(together).tolist())
+    assert (together[:30, 80:120] == 10).any()
+    assert (together[30:, 40:] == 255).all(), "cells that are left stay white"
+
+
+@given(
+    st.tuples(st.integers(1, 6000), st.integers(1, 12), st.booleans()).map(lambda s: s[1::-1] if s[2] else s[:2]),
+    st.sampled_from((None, 0.4)),
+)
+@example((6000, 5), None)
+@example((1, 5000), 0.4)
+@example((1, 1), None)
+@settings(max_examples=40, deadline=None)
+def test_images_of_any_size_are_drawn(size, gt_alpha):
+    width, height = size
+    image, box = np.full((height, width, 3), 200, np.uint8), np.array([[0, 0, width, height]])
+    for factor in (0.01, 1, 2):
+        small = resized(image, factor, cv2.INTER_AREA)
+        assert small.shape == (*(max(1, round(side * factor)) for side in (height, width)), 3)
+    assert letterbox(image, (64, 96), "pad_centre").shape == (64, 96, 3)
+    drawn = draw_boxes(image, box, [0], ("thing",), [0.5])
+    assert drawn.shape == image.shape
+    together = grid([drawn, image], columns=2, cell=(30, 40))
+    assert together.shape == (30, 80, 3)
+    assert (together[:, 40:] != 255).any()
+    shown = Shown(image, box, np.array([0]), box, np.array([0]), np.array([0.5]), "its caption")
+    assert sheet([shown, shown], ("thing",), gt_alpha).ndim == 3

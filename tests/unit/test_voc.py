@@ -116,6 +116,84 @@ def test_the_image_of_a_file(root, images, filename, expected):
     assert load(root).path(3) == str(root / "JPEGImages" / expected)
 
 
+@pytest.mark.parametrize(
+    ("images", "filename", "expected"),
+    [
+        (["cam1/d.jfif"], "", "cam1/d.jfif"),
+        (["cam1/e.jpg"], "e.jpg", "cam1/e.jpg"),
+        (["cam1/e.jpg"], "cam1/e.jpg", "cam1/e.jpg"),
+        (["d.jpg"], "d.jpg", "d.jpg"),
+        (["cam1/d.png", "d.png"], "d.png", "cam1/d.png"),
+        (["cam1/d.png", "cam1/cam1/d.png"], "d.png", "cam1/d.png"),
+    ],
+)
+@pytest.mark.parametrize("split_file", [None, "list.txt"])
+def test_files_may_lie_in_folders_below(root, images, filename, expected, split_file):
+    for name in ("Annotations/cam1", "JPEGImages/cam1/cam1"):
+        (root / name).mkdir(parents=True)
+    (root / "Annotations/cam1/d.xml").write_text(picture(thing(), filename=filename))
+    (root / "list.txt").write_text("a\ncam1/d\n")
+    for name in images:
+        (root / "JPEGImages" / name).touch()
+    index = load(root, split_file)
+    assert index.table["path"].to_pylist() == ["a.jpg", *["b.jpg", "c.jpg"][: 2 * (not split_file)], expected]
+
+
+def test_a_namespace_is_passed_over(root):
+    plain = load(root)
+    for name, xml in FILES.items():
+        named = f'<?xml version="1.0"?>{xml}'.replace("<annotation>", '<annotation xmlns="http://x.org/voc">')
+        if name == "a":
+            named = re.sub("<(/?)", r"<\1v:", xml).replace(
+                "<v:annotation>", '<v:annotation xmlns:v="http://x.org/voc">'
+            )
+        (root / f"Annotations/{name}.xml").write_text(named)
+    assert load(root).table.equals(plain.table)
+
+
+def notices(root, *arguments, **settings):
+    load(root, *arguments, problems=(problems := Problems()), **settings)
+    return [str(notice) for notice in problems.notices]
+
+
+def test_images_without_a_file_are_said_where_most_have_one(root):
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/d.png")
+    (notice,) = notices(root)
+    assert notice.startswith("1 image has no XML file, such as d.png: they are left out")
+    assert notices(root, "ImageSets/Main/train.txt") == []  # the list says which are meant
+    (root / "val").mkdir()
+    (root / "val/d.xml").write_text(picture())
+    assert notices(root, folders=["Annotations", "val"]) == []  # it is of the other split
+    for number in range(3):
+        (root / f"JPEGImages/{number}.jpg").touch()
+    assert notices(root) == []
+
+
+def test_hidden_files_are_none(root):
+    (root / "Annotations/._a.xml").write_bytes(b"Mac OS X")
+    (root / "JPEGImages/._a.jpg").write_bytes(b"Mac OS X")
+    (root / "JPEGImages/@eaDir").mkdir()
+    (root / "JPEGImages/@eaDir/a.jpg").touch()
+    assert len(load(root)) == 3
+    assert notices(root) == []
+
+
+def test_a_name_that_is_not_utf8_is_named_or_left_out(root):
+    (root / "Annotations/d\udce9.xml").write_text(picture(thing()))
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/d\udce9.jpg")
+    with pytest.raises(RaydetError, match=r"JPEGImages/d\\xe9\.jpg: the name is not UTF-8"):
+        load(root)
+    assert len(load(root, problems=(problems := Problems("skip")))) == 3
+    assert len(problems.messages) == 2
+
+
+def test_boxes_in_shares_are_asked_about(root):
+    for name in FILES:
+        (root / f"Annotations/{name}.xml").write_text(picture(thing(box=(0.1, 0.1, 0.5, 0.5))))
+    with pytest.raises(RaydetError, match="Annotations: all 3 boxes are between 0 and 1: are they shares"):
+        load(root, problems=Problems("skip"))
+
+
 @pytest.mark.parametrize("box", [(5, 5, 5, 20), (5, 5, 5, 5), (-9, 0, 90, 10), (50, 50, 60, 60)])
 def test_boxes_without_area_or_outside_stay_as_annotated(root, box):
     (root / "Annotations/a.xml").write_text(picture(thing(box=box)))
