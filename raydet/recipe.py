@@ -698,10 +698,8 @@ def _override(tree: dict[str, Any], given: str) -> None:
             raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
         tree = inner
     try:
-        texts = _texts()
-        tree[last] = (
-            _as_typed(text) if key.strip() in texts else read_yaml(text, texts | _lists_of_texts(), key.strip())
-        )
+        words = _texts() | _lists_of_texts()
+        tree[last] = _as_typed(text) if key.strip() in _texts() else read_yaml(text, words, key.strip())
     except yaml.YAMLError:
         raise RaydetError(f"{given!r}: the value is not YAML; quote it") from None
     if key.strip() == "loss.name":

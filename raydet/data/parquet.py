@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def read_parquet(source: bytes | Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_parquet(source: bytes | memoryview | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file in this thread.
 
     pyarrow.parquet.read_table would read in Arrow's own threads. These may still hold Python's bytes while the
@@ -23,6 +23,6 @@ def read_parquet(source: bytes | Path, columns: Sequence[str] | None = None) -> 
         OSError: the file cannot be opened.
         ValueError: it is no Parquet file (pyarrow.ArrowInvalid).
     """
-    opened = pa.BufferReader(source) if isinstance(source, bytes) else source
+    opened = source if isinstance(source, Path) else pa.BufferReader(source)
     with pq.ParquetFile(opened) as file:
         return file.read(columns=None if columns is None else list(columns), use_threads=False)

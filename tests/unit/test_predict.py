@@ -172,7 +172,6 @@ def test_every_kind_of_many_images(predictor, photo, tmp_path):
         ("http://127.0.0.1:9/a.jpg", "http://127.0.0.1:9/a.jpg: cannot be read"),
         (99, "camera 99: cannot be opened"),
     ],
-    ids=str,
 )
 def test_what_is_no_source_is_named(predictor, source, message):
     with pytest.raises(RaydetError, match=message):
