@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.boxes import xyxy_to_xywh
+from raydet.data.header import MAX_PIXELS
 from raydet.data.parquet import read_parquet
 from raydet.data.probe import check_attempts
 from raydet.data.problems import Problems
@@ -103,6 +104,7 @@ class _Job:
     out: Store
     shard_images: int
     batch_size: int
+    max_pixels: int
 
     def part(self, number: int) -> Sequence[str]:
         """Return the files of a part."""
@@ -122,6 +124,7 @@ def batch_predict(
     batch_size: int = 16,
     shard_images: int = 128,
     actors: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     verbose: bool = False,
     say: Callable[[str], Any] = print,
 ) -> Summary:
@@ -139,6 +142,7 @@ def batch_predict(
         batch_size: images at once.
         shard_images: images of a part, which is what a start that is killed loses for each actor.
         actors: models at once; None: one for each GPU, or without GPUs for each CPU.
+        max_pixels: pixels of the largest image that is decoded; a larger one is an image that cannot be read.
         verbose: let Ray print what its actors print.
         say: takes each line of progress.
 
@@ -183,7 +187,7 @@ def batch_predict(
         "shard_images": shard_images,
     }
     there = _open(target, manifest)
-    job = _Job(model, config, thresholds, images, list(listed), target, shard_images, batch_size)
+    job = _Job(model, config, thresholds, images, list(listed), target, shard_images, batch_size, max_pixels)
     parts = range(-(-len(listed) // shard_images))
     waiting = [number for number in parts if _name(number) not in there]
     done = 0
@@ -331,7 +335,7 @@ class _Detector:
         if file in failed:
             return f"{self.job.source.path(file)}: {failed[file]}"
         try:
-            image = decode(self.job.source.read(file), self.job.source.path(file))
+            image = decode(self.job.source.read(file), self.job.source.path(file), max_pixels=self.job.max_pixels)
         except RaydetError as error:
             return str(error)
         return self.predictor.fit(image), (image.shape[1], image.shape[0])

@@ -13,6 +13,7 @@ import typer
 
 from raydet import __version__, cli_data
 from raydet.cli_data import Overrides, Verbose, say
+from raydet.data.header import MAX_PIXELS
 from raydet.errors import RaydetError
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ Score = Annotated[
     typer.Option(
         "--score", help="lowest score of a detection [default: 0.25, or the checkpoint's if higher]", min=0, max=1
     ),
+]
+MaxPixels = Annotated[
+    int, typer.Option("--max-pixels", help="pixels of the largest image that is decoded; Pillow's limit", min=1)
 ]
 IoU = Annotated[
     float | None,
@@ -293,6 +297,7 @@ def predict(
     score: Score = None,
     iou: IoU = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
     device: Device = None,
 ) -> None:
@@ -307,7 +312,7 @@ def predict(
     from raydet.predict import load, shown_score
     from raydet.predictions import open_target, save
 
-    target = open_target(source, out)
+    target = open_target(source, out, max_pixels)
     predictor = load(checkpoint, device, trust_code=trust_code)
     score = shown_score(predictor.config.thresholds) if score is None else score
     found = save(predictor.stream(target.source, score, iou, batch_size), target)
@@ -335,6 +340,7 @@ def batch_predict(
     actors: Annotated[
         int | None, typer.Option("--actors", help="models at once [default: one for each GPU, or else each CPU]", min=1)
     ] = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
@@ -358,6 +364,7 @@ def batch_predict(
         batch_size=batch_size,
         shard_images=shard_images,
         actors=actors,
+        max_pixels=max_pixels,
         verbose=verbose,
         say=say,
     )

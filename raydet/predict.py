@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from raydet.boxes import place, xyxy_to_xywh
+from raydet.data.header import MAX_PIXELS
 from raydet.data.render import letterbox
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
@@ -200,7 +201,12 @@ class Predictor:
         self.device = device
 
     def predict(
-        self, source: Any, conf: float | None = None, iou: float | None = None, batch_size: int = 16
+        self,
+        source: Any,
+        conf: float | None = None,
+        iou: float | None = None,
+        batch_size: int = 16,
+        max_pixels: int = MAX_PIXELS,
     ) -> Detections | Found | Stream:
         """Detect in anything that shows something.
 
@@ -213,6 +219,7 @@ class Predictor:
             conf: lowest score, in place of the checkpoint's.
             iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
             batch_size: images at once.
+            max_pixels: pixels of the largest image file that is decoded; a larger one is an image that cannot be read.
 
         Returns:
             Of one image its `Detections`; of many a list of them, in which `failed` says which files could not be
@@ -221,7 +228,7 @@ class Predictor:
         Raises:
             RaydetError: there is nothing of the kind, or the one image cannot be read.
         """
-        stream = self.stream(source, conf, iou, batch_size)
+        stream = self.stream(source, conf, iou, batch_size, max_pixels)
         if stream.source.videos:
             return stream
         if stream.source.is_single:
@@ -229,14 +236,21 @@ class Predictor:
         found = [detections for _, _, detections in stream.found()]  # whose pixels would fill the memory
         return Found(found, stream.failed)
 
-    def stream(self, source: Any, conf: float | None = None, iou: float | None = None, batch_size: int = 16) -> Stream:
+    def stream(
+        self,
+        source: Any,
+        conf: float | None = None,
+        iou: float | None = None,
+        batch_size: int = 16,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Stream:
         """Return the detections of any number of images or frames, made as they are asked for.
 
         Arguments and errors are those of `predict`.
         """
         if batch_size < 1:
             raise RaydetError(f"batch_size is {batch_size}: it must be at least 1")
-        opened = source if isinstance(source, Source) else open_source(source)
+        opened = source if isinstance(source, Source) else open_source(source, max_pixels)
         return Stream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
 
     def fit(self, image: Image) -> Image:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from rich.progress import track
 
+from raydet.data.header import MAX_PIXELS
 from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.predict import Stream
@@ -95,14 +96,19 @@ class Notes:
             raise RaydetError(f"{self._folder}: cannot be written ({error.strerror})") from None
 
 
-def open_target(source: str, out: Path) -> Target:
+def open_target(source: str, out: Path, max_pixels: int = MAX_PIXELS) -> Target:
     """Return what a source of the command line is; pictures that an earlier call drew into `out` are none of it.
+
+    Args:
+        source: as it was typed.
+        out: folder for what is found.
+        max_pixels: pixels of the largest image that is decoded.
 
     Raises:
         RaydetError: there is nothing to detect in, or a file would be replaced that is not raydet's.
     """
     is_camera = source.isdecimal() and not Path(source).exists()
-    opened = open_source(int(source) if is_camera else source)
+    opened = open_source(int(source) if is_camera else source, max_pixels)
     notes = Notes(out)
     if opened.videos or is_uri(source):
         name = opened.videos[0].name if opened.videos else source

@@ -108,6 +108,12 @@ class Data(Section):
         "raise", description="a record or image that cannot be used: stop and name it, or leave it out and count it"
     )
     max_errors: int = Field(100, ge=0, description="with on_error: skip, the most that are left out before it stops")
+    max_pixels: int = Field(
+        178_956_970,
+        ge=1,
+        description="pixels of the largest image that is decoded; the default is Pillow's limit. A larger image is a "
+        "record that cannot be used: a small file may decode to more than the memory holds",
+    )
     shuffle_window: int = Field(
         4096,
         ge=1,

@@ -21,6 +21,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from raydet.data.header import MAX_PIXELS
 from raydet.data.problems import Problems
 from raydet.data.render import decode, imread
 from raydet.data.scan import IMAGE_SUFFIXES, list_images, sift
@@ -114,8 +115,12 @@ def in_memory(name: str, image: Any) -> Picture:
     return Picture(name, lambda: image)
 
 
-def open_source(source: Any) -> Source:
-    """Return the pictures that are meant by a source; see `raydet.predict.Predictor.predict` for what it may be.
+def open_source(source: Any, max_pixels: int = MAX_PIXELS) -> Source:
+    """Return the pictures that are meant by a source.
+
+    Args:
+        source: see `raydet.predict.Predictor.predict` for what it may be.
+        max_pixels: pixels of the largest image file that is decoded.
 
     Raises:
         RaydetError: it is nothing that can be detected in, or nothing is there.
@@ -123,11 +128,11 @@ def open_source(source: Any) -> Source:
     if isinstance(source, list | tuple):
         if not source:
             raise RaydetError("there is nothing to detect in: the list is empty")
-        return Source(tuple(part for entry in source for part in open_source(entry).parts))
+        return Source(tuple(part for entry in source for part in open_source(entry, max_pixels).parts))
     if isinstance(source, int):
         return Source((_video(f"camera {source}", source),))
     if isinstance(source, str | Path):
-        return _open_path(str(source))
+        return _open_path(str(source), max_pixels)
     if isinstance(source, PIL.Image.Image):
         _check_pixels("Image", source.width * source.height)
         return Source(([Picture("image", partial(_from_pil, source))],), is_single=True)
@@ -180,7 +185,7 @@ def image_files(source: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def _open_path(source: str) -> Source:
+def _open_path(source: str, max_pixels: int) -> Source:
     is_web = source.startswith(("http://", "https://"))
     if is_uri(source) and not is_web:
         raise RaydetError(f"{source}: images in an object store are detected in by `raydet batch-predict`")
@@ -190,8 +195,8 @@ def _open_path(source: str) -> Source:
             raise RaydetError(f"{source}: no such file or folder")
         return Source((_video(source, source),))
     if is_web:
-        return Source(([Picture(source, partial(_from_web, source))],), is_single=True)
-    pictures = [Picture(str(path), partial(imread, str(path.absolute()))) for path in image_files(source)]
+        return Source(([Picture(source, partial(_from_web, source, max_pixels))],), is_single=True)
+    pictures = [Picture(str(path), partial(imread, str(path.absolute()), max_pixels)) for path in image_files(source)]
     return Source((pictures,), is_single=Path(source).is_file())
 
 
@@ -229,13 +234,13 @@ def _from_pil(image: PIL.Image.Image) -> Image:
         raise RaydetError(f"{name} cannot be decoded ({error})") from None
 
 
-def _from_web(address: str) -> Image:
+def _from_web(address: str, max_pixels: int) -> Image:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             content = answer.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise RaydetError(f"{address}: cannot be read ({error})") from None
-    return decode(content, address)
+    return decode(content, address, max_pixels=max_pixels)
 
 
 def _is_chw(source: Any) -> bool:

@@ -10,9 +10,12 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from raydet.data.cache import cached
 from raydet.data.coco import load_coco
 from raydet.data.dataset import BUILT_IN, find_dataset, load_own
+from raydet.data.header import check_pixels
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.data.store import Store
@@ -56,7 +59,7 @@ def load_index(data: Data, split: Split, problems: Problems | None = None) -> In
             loader.
     """
     problems = problems or Problems(data.on_error, data.max_errors)
-    index = _read(data, split, problems)
+    index = _without_too_large(_read(data, split, problems), data.max_pixels, problems)
     if data.max_num_samples is not None:
         index = index.head(data.max_num_samples)
     if data.class_inclusion_list is not None:
@@ -69,6 +72,18 @@ def load_index(data: Data, split: Split, problems: Problems | None = None) -> In
     if not len(index):
         raise RaydetError(f"data.root: no image of {split} is left of {data.root}")
     return index
+
+
+def _without_too_large(index: Index, max_pixels: int, problems: Problems) -> Index:
+    too_large = index.pixels > max_pixels
+    if not too_large.any():
+        return index
+    for row in np.flatnonzero(too_large).tolist():
+        try:
+            check_pixels(index.size(row), index.path(row), max_pixels)
+        except RaydetError as error:
+            problems.add(str(error))
+    return index.take(np.flatnonzero(~too_large))
 
 
 def detect(store: Store) -> str:

@@ -109,6 +109,11 @@ class Index:
         """Width and height of an image in pixels."""
         return int(self._size[0][row]), int(self._size[1][row])
 
+    @property
+    def pixels(self) -> Array:
+        """Number of pixels of each image."""
+        return self._size[0].astype(np.int64) * self._size[1] if self._size else np.empty(0, np.int64)
+
     def annotations(self, row: int) -> Annotations:
         """Objects of an image, crowds included."""
         part = slice(self._offsets[row], self._offsets[row + 1])

@@ -90,7 +90,7 @@ def _main() -> None:
 
     while length := sys.stdin.buffer.read(8):
         with suppress(RaydetError):
-            decode(sys.stdin.buffer.read(int.from_bytes(length, "big")), "")
+            decode(sys.stdin.buffer.read(int.from_bytes(length, "big")), "", max_pixels=sys.maxsize)
         sys.stdout.buffer.write(_DONE)
         sys.stdout.buffer.flush()
 

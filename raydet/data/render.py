@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.boxes import Resize, place
+from raydet.data.header import MAX_PIXELS, check_pixels, stored_size
 from raydet.data.index import Index
 from raydet.data.store import store
 from raydet.data.transforms import PAD_VALUE, Picture, Tile
@@ -36,7 +37,13 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _READERS = 16
 
 
-def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduction: int = 1) -> Array:
+def decode(
+    content: bytes,
+    name: str,
+    size: tuple[int, int] | None = None,
+    reduction: int = 1,
+    max_pixels: int = MAX_PIXELS,
+) -> Array:
     """Decode an image file of any kind as uint8 [H, W, 3] BGR: grey, palette, alpha, CMYK and 16 bits become that.
 
     The orientation that a camera noted in EXIF is applied, unless `size` is that of the image without it.
@@ -47,34 +54,43 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None = None, reduc
         size: (width, height) that the annotation says; None: any.
         reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down; where that would leave less
             than a pixel, as they are.
+        max_pixels: of an image whose size no annotation says; a larger one is refused before it is decoded.
 
     Raises:
-        RaydetError: it is no image, is cut off, or has another size.
+        RaydetError: it is no image, is cut off, has another size, or is too large.
     """
+    stored = stored_size(content)
+    if stored is not None:
+        if size is None:
+            check_pixels(stored, name, max_pixels)
+        elif size not in (stored, stored[::-1]):
+            raise _another_size(name, stored, size)
     flags = _REDUCED.get(reduction, cv2.IMREAD_COLOR)
     image: Any = _imdecode(content, flags)
     if image is not None and size is not None and not _has_size(image, size, reduction):
         image = _imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None and reduction > 1:  # of a narrow one not a pixel may be left
-        return decode(content, name, size)
+        return decode(content, name, size, max_pixels=max_pixels)
     if image is None or _is_cut_off(content):
         raise RaydetError(f"{name} is not an image that can be decoded ({len(content)} bytes)")
     if size is not None and not _has_size(image, size, reduction):
         whole = _imdecode(content, cv2.IMREAD_COLOR)
         height, width = image.shape[:2] if whole is None else whole.shape[:2]
-        raise RaydetError(
-            f"{name} has {width}x{height} pixels, its annotation says {size[0]}x{size[1]}: mend one of them"
-        )
+        raise _another_size(name, (width, height), size)
     return image  # type: ignore[no-any-return]
 
 
-def imread(path: str) -> Array:
+def imread(path: str, max_pixels: int = MAX_PIXELS) -> Array:
     """Read an image file of this machine as uint8 [H, W, 3] BGR.
 
+    Args:
+        path: of the file.
+        max_pixels: largest number of pixels.
+
     Raises:
-        RaydetError: it is missing or not an image.
+        RaydetError: it is missing, not an image, or too large.
     """
-    return decode(store("/").read(str(path)), str(path))
+    return decode(store("/").read(str(path)), str(path), max_pixels=max_pixels)
 
 
 def letterbox(image: Array, size: tuple[int, int], resize: Resize) -> Array:
@@ -274,6 +290,12 @@ def _paint(tile: Tile, sources: Sources, canvas: Array) -> None:
         dst=canvas[first_y:last_y, first_x:last_x],
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_TRANSPARENT,
+    )
+
+
+def _another_size(name: str, size: tuple[int, int], annotated: tuple[int, int]) -> RaydetError:
+    return RaydetError(
+        f"{name} has {size[0]}x{size[1]} pixels, its annotation says {annotated[0]}x{annotated[1]}: mend one of them"
     )
 
 
