@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.data.json_lists import read_lists
@@ -42,6 +42,7 @@ def without_polygons(value):
     st.booleans(),
     st.sampled_from(("utf-8", "utf-8-sig", "utf-16")),
 )
+@settings(deadline=None)
 def test_the_records_of_lists_are_those_that_json_reads_whatever_the_pieces(value, size, indent, ascii_only, encoding):
     content = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode(encoding)
     lists = {key: without_polygons(each) for key, each in value.items() if key in ("images", "annotations")}

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet import losses, recipe
@@ -154,6 +154,7 @@ def test_text_is_taken_as_it_is_typed(typed, value):
 
 
 @given(st.text())
+@settings(max_examples=40, deadline=None)
 def test_any_text_can_be_given_by_a_program(text):
     assert load("demo", [recipe.override("data.root", text)]).data.root == text
 

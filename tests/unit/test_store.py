@@ -5,7 +5,7 @@ import pickle
 from pathlib import PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydet.data import store as stores
@@ -235,6 +235,7 @@ def test_names_below_a_folder(name, path):
 
 
 @given(st.text("ab.~/\\: ü\n-", min_size=1))
+@settings(deadline=None)
 def test_a_name_below_a_folder_is_a_path_in_its_shortest_form(name):
     try:
         path = inside(name)
