@@ -20,6 +20,7 @@ from torch import Tensor
 
 from raydet.errors import RaydetError
 from raydet.models.family import Adapter, Detector
+from raydet.yaml_text import write as write_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def other_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> st
         return (
             f"{source} detects the same classes in another order than the data has: number {place} is "
             f"{theirs[place]!r} there and {ours[place]!r} here; "
-            f"data.class_inclusion_list=[{', '.join(theirs)}] puts the data's in that order"
+            f"'data.class_inclusion_list={write_yaml(list(theirs))}' puts the data's in that order"
         )
     unknown = [name for name in ours if name not in theirs]
     missing = [name for name in theirs if name not in ours]
