@@ -85,7 +85,7 @@ def test_an_avif_file_is_turned_as_its_header_says():
     assert (turned[22:] < 50).all()
     np.testing.assert_allclose(decode(content.getvalue(), "a.avif", (40, 24)), pixels, atol=20)
     assert decode(content.getvalue(), "a.avif", (24, 40), 8).shape == (5, 3, 3)
-    with pytest.raises(RaydetError, match="24x40 pixels, its annotation says 9x9"):
+    with pytest.raises(RaydetError, match="40x24 pixels, its annotation says 9x9"):
         decode(content.getvalue(), "a.avif", (9, 9))
     with pytest.raises(RaydetError, match="is not an image that can be decoded"):
         decode(content.getvalue()[:-99], "a.avif")
