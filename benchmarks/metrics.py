@@ -6,6 +6,10 @@ and the best thresholds.
 
     python benchmarks/metrics.py                       # 2 minutes, nearly all of them the COCO API's
     python benchmarks/metrics.py --images 500 --boxes 3670 --detections 50000
+    python benchmarks/metrics.py --grow 1000 2000 4000 8000
+
+The last shows how a validation's time grows with its images: that of the metrics, and that of the measures by which the
+pictures of the worst and the best batch and images are chosen. Times are those of the CPU.
 """
 
 from __future__ import annotations
@@ -22,10 +26,14 @@ for variable in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from raydet.evaluation import TWELVE  # noqa: E402
+from raydet.boxes import xywh_to_xyxy  # noqa: E402
+from raydet.data.index import make_index  # noqa: E402
+from raydet.evaluation import MAIN_METRIC, TWELVE, CocoEvaluation  # noqa: E402
+from raydet.measures import Found  # noqa: E402
 from raydet.metrics import DetectionMetrics  # noqa: E402
 
 CLASSES, BATCH, SIDE = 80, 32, 640
+BOXES, DETECTIONS = 7.34, 100  # an image
 
 
 def make(images: int, boxes: int, detections: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -127,14 +135,48 @@ def official(truth: np.ndarray, found: np.ndarray, images: int) -> tuple[float, 
     return seconds, evaluation.stats
 
 
+def grow(images: int) -> str:
+    """Return a line of the table of times over images."""
+    truth, found = make(images, round(BOXES * images), DETECTIONS * images)
+    index = make_index(
+        [(image, f"{image}.jpg", SIDE, SIDE) for image in range(images)],
+        xywh_to_xyxy(truth[:, 1:5]),
+        labels=truth[:, 6].astype(int),
+        crowd=truth[:, 5] > 0,
+        area=truth[:, 3] * truth[:, 4],
+        image_of_box=truth[:, 0].astype(int),
+        root="/",
+        class_names=[str(label) for label in range(CLASSES)],
+        category_ids=range(CLASSES),
+    )
+    found = found[np.argsort(found[:, 0], kind="stable")]
+    rows = np.column_stack((xywh_to_xyxy(found[:, 1:5]), found[:, 5:]))
+    evaluation = CocoEvaluation(index)
+    evaluation.update(range(images), np.split(rows, np.searchsorted(found[:, 0], np.arange(1, images))))
+    began = time.process_time()
+    value = evaluation.compute()[MAIN_METRIC]
+    measured = time.process_time()
+    whole = Found(evaluation.truth, evaluation.found, index.class_names)
+    for group in (np.arange(images) // BATCH, np.arange(images)):
+        whole.measure(MAIN_METRIC, group)
+    chosen = time.process_time() - measured
+    return f"| {images} | {measured - began:.2f} | {chosen:.2f} | {value:.6f} |"
+
+
 def main() -> None:
-    """Print a table of both."""
+    """Print a table of both, or of times over images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--boxes", type=int, default=36700)
     parser.add_argument("--detections", type=int, default=500_000)
+    parser.add_argument("--grow", type=int, nargs="+", metavar="IMAGES", help="show times over images instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.grow:
+        print("| images | metrics s | pictures s | mAP@0.50:0.95 |\n|---|---|---|---|")
+        for images in options.grow:
+            print(grow(images), flush=True)
+        return
     truth, found = make(options.images, options.boxes, options.detections)
     update, compute, numbers = ours(truth, found, options.images)
     seconds, stats = official(truth, found, options.images)

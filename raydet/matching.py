@@ -5,7 +5,8 @@ hotcoco gives COCO's interpolated numbers and keeps no matches; precision and re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 _STRICTEST = 1 - 1e-10  # the COCO API takes no IoU threshold above this
+_PAIRS_AT_ONCE = 2**18  # of a detection and an object: 40 MB while their IoU is computed
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Matches:
         ignored: [T, n] it has none, but is on a crowd.
         objects: [C] objects of each class that are to be found.
         given: [n] which of the detections given each is.
+        rank: [n] how many better detections of its class its image has.
     """
 
     score: Floats
@@ -66,11 +69,16 @@ class Matches:
     ignored: Bools
     objects: Ints
     given: Ints
+    rank: Ints
 
     def __getitem__(self, which: Ints | Bools) -> Matches:
         """Return those of some of the detections; all objects are still to be found."""
         parts = (self.score[which], self.label[which], self.image[which], self.right[:, which], self.ignored[:, which])
-        return Matches(*parts, self.objects, self.given[which])
+        return Matches(*parts, self.objects, self.given[which], self.rank[which])
+
+    def at(self, levels: slice) -> Matches:
+        """Return those at some of the IoU thresholds."""
+        return replace(self, right=self.right[levels], ignored=self.ignored[levels])
 
 
 def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
@@ -94,12 +102,10 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
     best_first = np.argsort(-found.score, kind="stable")
     found = found[best_first]
     group_of_truth, group_of_found = _groups(truth, found, num_classes)
-    counted = np.flatnonzero(_rank_in_group(group_of_found) < top_k)
+    rank = _rank_in_group(group_of_found)
+    counted = np.flatnonzero(rank < top_k)
     found, group_of_found = found[counted], group_of_found[counted]
-    detection, object_ = _pairs(group_of_found, group_of_truth)
-    overlap = _overlap(found.xywh[detection], truth.xywh[object_], crowd[object_])
-    near = overlap >= ious[0]
-    detection, object_, overlap = detection[near], object_[near], overlap[near]
+    detection, object_, overlap = _near(truth, found, group_of_truth, group_of_found, crowd, ious[0])
     on_crowd = crowd[object_]
     right = _choose(detection[~on_crowd], object_[~on_crowd], overlap[~on_crowd], ious, len(found), len(truth))
     ignored = np.zeros_like(right)
@@ -107,7 +113,8 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
         ignored[level, detection[on_crowd & (overlap >= iou)]] = True
     objects = np.bincount(truth.label[~crowd], minlength=num_classes)
     assert found.score is not None
-    return Matches(found.score, found.label, found.image, right, ignored & ~right, objects, best_first[counted])
+    given, rank = best_first[counted], rank[counted]
+    return Matches(found.score, found.label, found.image, right, ignored & ~right, objects, given, rank)
 
 
 def _groups(truth: Boxes, found: Boxes, num_classes: int) -> tuple[Ints, Ints]:
@@ -126,14 +133,25 @@ def _rank_in_group(groups: Ints) -> Ints:
     return ranks
 
 
-def _pairs(left: Ints, right: Ints) -> tuple[Ints, Ints]:
-    """Return all pairs of the same group."""
-    order = np.argsort(right, kind="stable")
-    begin, end = (np.searchsorted(right[order], left, side=side) for side in ("left", "right"))
+def _near(
+    truth: Boxes, found: Boxes, group_of_truth: Ints, group_of_found: Ints, crowd: Bools, iou: float
+) -> tuple[Ints, Ints, Floats]:
+    """Return the detection, the object and the IoU of all pairs of a group that overlap so much, by detection."""
+    order = np.argsort(group_of_truth, kind="stable")
+    begin, end = (np.searchsorted(group_of_truth[order], group_of_found, side=side) for side in ("left", "right"))
     counts = end - begin
-    of_left = np.repeat(np.arange(len(left)), counts)
-    within = np.arange(len(of_left)) - np.repeat(counts.cumsum() - counts, counts)
-    return of_left, order[np.repeat(begin, counts) + within]
+    parts = (counts.cumsum() - counts) // _PAIRS_AT_ONCE
+    ends = np.flatnonzero(np.diff(parts, prepend=-1, append=-1))
+    near: list[tuple[Ints, Ints, Floats]] = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+    for low, high in pairwise(ends.tolist()):
+        detection = np.repeat(np.arange(low, high), counts[low:high])
+        first = np.repeat(counts[low:high].cumsum() - counts[low:high], counts[low:high])
+        object_ = order[begin[detection] + np.arange(len(detection)) - first]
+        overlap = _overlap(found.xywh[detection], truth.xywh[object_], crowd[object_])
+        kept = overlap >= iou
+        near.append((detection[kept], object_[kept], overlap[kept]))
+    detection, object_, overlap = (np.concatenate(column) for column in zip(*near, strict=True))
+    return detection, object_, overlap
 
 
 def _overlap(found: Floats, truth: Floats, crowd: Bools) -> Floats:
@@ -152,12 +170,12 @@ def _choose(detection: Ints, object_: Ints, overlap: Floats, ious: Floats, detec
     # Each detection's objects in the order of its preference: the last of equals, as the COCO API does.
     order = np.lexsort((-object_, -overlap, detection))
     detection, object_, overlap = detection[order], object_[order], overlap[order]
-    levels = len(ious)
-    begin = np.searchsorted(detection, np.arange(detections))
+    choosers, begin, detection = np.unique(detection, return_index=True, return_inverse=True)
+    levels, count = len(ious), len(choosers)
     # What a detection may ask for at each threshold is the beginning of its list.
-    end = begin + np.stack([np.bincount(detection[overlap >= iou], minlength=detections) for iou in ious])
-    next_one = np.broadcast_to(begin, (levels, detections)).copy()
-    holder = np.full((levels, objects), detections)
+    end = begin + np.stack([np.bincount(detection[overlap >= iou], minlength=count) for iou in ious])
+    next_one = np.broadcast_to(begin, (levels, count)).copy()
+    holder = np.full((levels, objects), count)
     level, asking = np.nonzero(next_one < end)
     while len(asking):
         wanted = object_[next_one[level, asking]]
@@ -166,14 +184,16 @@ def _choose(detection: Ints, object_: Ints, overlap: Floats, ious: Floats, detec
         after = holder[level, wanted]
         sent_away = after != asking
         # Who had the object before goes on too; two of those who ask may have sent the same one away.
-        displaced = (before != after) & (before < detections)
-        moved = np.unique(level[displaced] * detections + before[displaced])
-        level = np.concatenate((level[sent_away], moved // detections))
-        asking = np.concatenate((asking[sent_away], moved % detections))
+        displaced = (before != after) & (before < count)
+        moved = np.unique(level[displaced] * count + before[displaced])
+        level = np.concatenate((level[sent_away], moved // count))
+        asking = np.concatenate((asking[sent_away], moved % count))
         next_one[level, asking] += 1
         left = next_one[level, asking] < end[level, asking]
         level, asking = level[left], asking[left]
-    return next_one < end
+    has_one = np.zeros((levels, detections), bool)
+    has_one[:, choosers] = next_one < end
+    return has_one
 
 
 def counts(matches: Matches, thresholds: Floats, weights: Floats | None = None) -> tuple[Floats, Floats]:
@@ -207,27 +227,43 @@ def average_precision(matches: Matches, recalls: Floats, weights: Floats | None 
 
     Args:
         matches: of the detections.
-        recalls: [R] at which the precision is taken.
-        weights: [n] how often each detection counts; `matches.objects` are to be weighted likewise.
+        recalls: [R] at which the precision is taken, ascending.
+        weights: [n] how often each detection counts, whole numbers; `matches.objects` are to be weighted likewise.
     """
-    found = np.full((len(matches.right), len(matches.objects)), np.nan)
+    found = np.where(matches.objects > 0, np.zeros((len(matches.right), 1)), np.nan)
     by_class = np.argsort(matches.label, kind="stable")
-    ends = np.searchsorted(matches.label[by_class], np.arange(len(matches.objects) + 1))
-    for label in np.flatnonzero(matches.objects > 0):
-        mine = by_class[ends[label] : ends[label + 1]]
-        found[:, label] = 0
-        if not len(mine):
-            continue
-        times = 1.0 if weights is None else weights[mine]
-        right = np.cumsum(matches.right[:, mine] * times, axis=1)
-        wrong = np.cumsum(~(matches.right | matches.ignored)[:, mine] * times, axis=1)
-        precision = right / (right + wrong + np.spacing(1))
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        for level, recall in enumerate(right / matches.objects[label]):
-            place = np.searchsorted(recall, recalls, side="left")
-            reached = place < len(mine)
-            found[level, label] = precision[level, place[reached]].sum() / len(recalls)
+    label = matches.label[by_class]
+    begin = np.searchsorted(label, np.arange(len(matches.objects)))
+    times = np.ones(len(label)) if weights is None else weights[by_class]
+    # Recall and the highest precision from there on change at right detections alone: few of all.
+    for level in range(len(found)):
+        right, ignored = matches.right[level, by_class], matches.ignored[level, by_class]
+        rights, wrongs = (np.concatenate(([0], (which * times).cumsum())) for which in (right, ~(right | ignored)))
+        at = np.flatnonzero(right)
+        mine = label[at]
+        hits, misses = (total[at + 1] - total[begin[mine]] for total in (rights, wrongs))
+        precision = _highest_from_here(hits / (hits + misses + np.spacing(1)), mine)
+        reached = np.searchsorted(recalls, hits / matches.objects[mine], side="right")  # the first so many recalls
+        newly = reached - np.where(np.diff(mine, prepend=-1) == 0, np.roll(reached, 1), 0)
+        values = np.repeat(precision, newly)
+        last = np.flatnonzero(np.diff(mine, append=-1))
+        count = reached[last]
+        first = count.cumsum() - count
+        for size in np.unique(count):  # rows of one length are summed at once, each as if it were alone
+            rows = count == size
+            found[level, mine[last[rows]]] = values[first[rows, None] + np.arange(size)].sum(axis=1) / len(recalls)
     return found
+
+
+def _highest_from_here(values: Floats, group: Ints) -> Floats:
+    """Return of each value the highest among those of its group from it on; groups ascend."""
+    count = len(values)
+    order = np.argsort(values, kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count)
+    highest = np.maximum.accumulate((rank - group * count)[::-1])[::-1] % max(count, 1)
+    from_here: Floats = values[order[highest]]
+    return from_here
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS
 from raydet.matching import Boxes, Floats, Ints, Matches, average_precision, match, operating
 
 _AP, _AR = "AP@0.50:0.95_", "AR@0.50:0.95_max="
-_LEVELS = {MAIN_METRIC: IOUS, "mAP@0.50": IOUS[:1], "mAP@0.75": IOUS[5:6]}
+_ALL, _LOWEST = slice(None), slice(0, 1)  # of IOUS
+_LEVELS = {MAIN_METRIC: _ALL, "mAP@0.50": _LOWEST, "mAP@0.75": slice(5, 6)}
 _DETECTIONS = (1, 10, 100)
 _POINT = ("Precision@0.50", "Recall@0.50", "F1@0.50")
 
@@ -44,6 +46,10 @@ class Found:
     found: Boxes
     class_names: Sequence[str]
 
+    @cached_property
+    def _matches(self) -> Matches:
+        return match(self.truth, self.found, len(self.class_names), IOUS)
+
     def measure(self, name: str, group: Ints) -> Floats:
         """Return a metric of each group of images, as `CocoEvaluation.compute` gives it of these images alone.
 
@@ -55,9 +61,10 @@ class Found:
             [groups]; nan for a group without objects of the class, or of any.
         """
         groups = int(group.max(initial=-1)) + 1
-        ious = IOUS if name.startswith((_AP, _AR)) else _LEVELS.get(name, IOUS[:1])
-        top = int(name.removeprefix(_AR)) if name.startswith(_AR) else 100
-        matches = match(self.truth, self.found, len(self.class_names), ious, top)
+        matches = self._matches.at(_ALL if name.startswith((_AP, _AR)) else _LEVELS.get(name, _LOWEST))
+        if name.startswith(_AR):
+            # Better detections have chosen before: without the worse ones they have the same objects.
+            matches = matches[matches.rank < int(name.removeprefix(_AR))]
         pairs, kept = self._by_pair(matches, group)
         owner = pairs // len(self.class_names)  # the group of each pair of group and class
         chosen = np.ones(len(pairs), bool)

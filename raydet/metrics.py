@@ -116,7 +116,9 @@ class DetectionMetrics:
                 if inputs is None:
                     raise ValueError("normalised targets need inputs=, the batch whose sides they are shares of")
                 height, width = inputs.shape[-2:]
-                rows[:, 2:] *= torch.tensor([width, height, width, height])
+                rows = rows * torch.tensor(
+                    [1, 1, width, height, width, height]
+                )  # not in place: they may be the caller's
             of_image, label = rows[:, 0].numpy(), rows[:, 1].numpy()
             for what, values, count in (("images", of_image, len(detections)), ("classes", label, self.num_cls)):
                 if values.min() < 0 or values.max() >= count:

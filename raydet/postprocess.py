@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from raydet.outputs import PPYOLOE, SSD, YOLOX, decoded_of
 NmsType = Literal["iterative", "matrix"]
 
 _MATRIX_SIGMA = 3.0
+_FEW = 128  # boxes of a class: more are quicker suppressed by torchvision, one class after the other
 
 
 class Candidates(NamedTuple):
@@ -97,10 +99,12 @@ class PostPrediction:
         if self.nms_top_k is not None and len(scores) > self.nms_top_k:
             scores, best = scores.topk(self.nms_top_k)
             boxes, labels = boxes[best], labels[best]
-        from torchvision import ops
+        if self.class_agnostic_nms:
+            from torchvision import ops
 
-        agnostic = self.class_agnostic_nms
-        kept = ops.nms(boxes, scores, self.iou) if agnostic else ops.batched_nms(boxes, scores, labels, self.iou)
+            kept = ops.nms(boxes, scores, self.iou)
+        else:
+            kept = _nms_of_each_class(boxes, scores, labels, self.iou)
         kept = kept[: self.max_predictions]
         return kept if best is None else best[kept]
 
@@ -151,7 +155,8 @@ class _WithMatrix(PostPrediction):
         boxes, scores, labels = found[:3]
         scores, best = scores.topk(min(self.max_predictions, len(scores)))
         boxes, labels = boxes[best], labels[best]
-        overlap = ops.box_iou(boxes, boxes).triu(1)  # [better, worse]
+        # Of boxes that are not finite it is nan, which must not reach other classes.
+        overlap = ops.box_iou(boxes, boxes).nan_to_num_(0).triu(1)  # [better, worse]
         if not self.class_agnostic_nms:
             overlap = overlap * (labels[:, None] == labels)
         if len(scores):
@@ -231,6 +236,58 @@ class PPYoloEPostPredictionCallback(PostPrediction):
         boxes, scores = decoded
         point, score, label = _above(scores, self.conf, self.multi_label_per_box)
         return Candidates(boxes[point], score, label, point)
+
+
+def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:
+    """Return which [n] boxes NMS keeps, each class by itself, the best first and of equals the first.
+
+    torchvision's batched_nms moves classes apart by large numbers, which rounds the boxes, or makes a call a class, for
+    each of which a GPU is waited for. Here the classes of few boxes are done together: all pairs of a class are
+    compared, by torchvision's very arithmetic, and then decided in rounds. A box that no undecided one can suppress is
+    kept, and those that it suppresses are not. It is done on the host, so that every device finds the same.
+    """
+    best = np.argsort(-scores.cpu().numpy(), kind="stable")
+    label = labels.cpu().numpy()[best]
+    by_class = np.argsort(label, kind="stable")
+    label, boxes_of = label[by_class], boxes.cpu().numpy()[best[by_class]]
+    end, follows = np.searchsorted(label, label, side="right"), np.arange(1, len(label) + 1)
+    after = end - follows  # so many of its class are worse
+    kept = np.ones(len(label), bool)
+    if after.max(initial=0) >= _FEW:
+        from torchvision import ops
+
+        for high in np.unique(end[after >= _FEW]).tolist():
+            low = int(np.searchsorted(label, label[high - 1]))
+            mine = torch.from_numpy(boxes_of[low:high])
+            after[low:high], kept[low:high] = 0, False
+            kept[low + ops.nms(mine, torch.arange(high - low, 0, -1).to(mine), iou).numpy()] = True
+    better = np.repeat(follows - 1, after)
+    worse = np.arange(len(better)) + np.repeat(follows - after.cumsum() + after, after)
+    left, top, right, bottom = np.ascontiguousarray(boxes_of.T)
+    with np.errstate(all="ignore"):  # boxes need not be finite: their IoU is nan, which is not above a threshold
+        area = (right - left) * (bottom - top)
+        shared = np.minimum(np.repeat(right, after), right[worse])
+        shared -= np.maximum(np.repeat(left, after), left[worse])
+        down = np.minimum(np.repeat(bottom, after), bottom[worse])
+        down -= np.maximum(np.repeat(top, after), top[worse])
+        np.maximum(shared, 0, out=shared)
+        shared *= np.maximum(down, 0, out=down)
+        whole = np.repeat(area, after)
+        whole += area[worse]
+        whole -= shared
+        above = shared / whole > np.float64(iou)
+    better, worse = better[above], worse[above]
+    while len(better):
+        threatened = np.zeros(len(kept), bool)
+        threatened[worse] = True
+        undecided = threatened[better]
+        kept[worse[~undecided]] = False
+        undecided &= kept[better]
+        undecided &= kept[worse]
+        better, worse = better[undecided], worse[undecided]
+    of_best = np.empty_like(kept)
+    of_best[by_class] = kept
+    return torch.from_numpy(best[of_best]).to(boxes.device)
 
 
 def _above(scores: Tensor, threshold: float, multi_label: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,8 +66,9 @@ def read_results(path: Path, index: Index) -> CocoEvaluation:
         for key, values in known.items()
     )
     found = np.column_stack((xywh_to_xyxy(boxes), scores, labels)) if len(entries) else np.empty((0, 6))
+    by_image = np.argsort(rows, kind="stable")
     evaluation = CocoEvaluation(index)
-    evaluation.update(range(len(index)), [found[rows == row] for row in range(len(index))])
+    evaluation.update(range(len(index)), np.split(found[by_image], rows[by_image].searchsorted(range(1, len(index)))))
     return evaluation
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raydet.anchors import decode_dfl
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
-from raydet.losses.assignment import Assignment, assign_once, overlaps
+from raydet.losses.assignment import Assignment, Best, Rows, assign_once, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import PPYOLOE, DFLOutput, raw_of
 
@@ -114,25 +114,29 @@ class PPYoloELoss(DetectionLoss):
                 assigned, quality = _atss(predictions, targets, objects)
             else:
                 assigned, quality = _task_aligned(predictions, targets, objects)
-        images, points = predictions.logits.shape[:2]
-        image, point = assigned.points // points, assigned.points % points
-        stride, centre, wanted = predictions.strides[point], predictions.points[point], objects[assigned.objects]
-
-        distances = predictions.distances.flatten(0, 1)[assigned.points]
-        # An entry that does not count is compared with itself, so that it is finite whatever was predicted there.
-        boxes = torch.where(assigned.keep[:, None], decode_dfl(distances, centre, stride), wanted)
-        box_loss = (1 - giou(boxes, wanted)) * quality
-        sides = torch.cat((centre - wanted[:, :2], wanted[:, 2:] - centre), dim=1) / stride
-        dfl_loss = _distribution_focal(distances, sides) * quality
-
         # The class term of a background point needs no target: all points are taken for that, and those that learn an
         # object are corrected.
         label = targets[assigned.objects, 1].long()
         logits = predictions.logits.flatten(0, 1)[assigned.points, label]
         positive = (self._class_loss(logits, quality, 1.0) - self._class_loss(logits, 0.0, 0.0)) * assigned.keep
         background = self._class_loss(predictions.logits, 0.0, 0.0).sum((1, 2))
-        of_image = background.new_zeros(images, 3).index_add_(0, image, torch.stack((positive, box_loss, dfl_loss), 1))
-        per_image = of_image + F.pad(background[:, None], (0, 2))
+        images, points = predictions.logits.shape[:2]
+        cls_loss = torch.zeros_like(background).index_add_(0, assigned.points // points, positive)
+
+        # The box terms need many numbers an entry.
+        counting, which = assigned.enough(images * points)
+        point, weight = counting.points % points, quality[which]
+        stride, centre, wanted = predictions.strides[point], predictions.points[point], objects[counting.objects]
+        distances = predictions.distances.flatten(0, 1)[counting.points]
+        # An entry that does not count is compared with itself, so that it is finite whatever was predicted there.
+        boxes = torch.where(counting.keep[:, None], decode_dfl(distances, centre, stride), wanted)
+        box_loss = (1 - giou(boxes, wanted)) * weight
+        sides = torch.cat((centre - wanted[:, :2], wanted[:, 2:] - centre), dim=1) / stride
+        dfl_loss = _distribution_focal(distances, sides) * weight
+        of_boxes = background.new_zeros(images, 2).index_add_(
+            0, counting.points // points, torch.stack((box_loss, dfl_loss), 1)
+        )
+        per_image = torch.cat(((cls_loss + background)[:, None], of_boxes), dim=1)
         return Terms(per_image, quality.sum(), quality.new_zeros(0))
 
     def _class_loss(self, logits: Tensor, quality: Tensor | float, label: float) -> Tensor:
@@ -175,22 +179,26 @@ def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[A
     An object's candidates are the points nearest to its centre, some of each level; it takes those within it whose
     anchor box overlaps it by more than the mean and a standard deviation of all of these.
     """
-    image = targets[:, 0].long()
-    overlap = overlaps(objects, predictions.anchors)
-    x, y = predictions.points.unbind(-1)
-    distance = (targets[:, 2:3] - x).square_() + (targets[:, 3:4] - y).square_()
-    nearest, first = [], 0
-    for size in predictions.levels:
-        of_level = distance[:, first : first + size]
-        nearest.append(of_level.topk(min(_ATSS_POINTS_A_LEVEL, size), dim=1, largest=False).indices + first)
-        first += size
-    points = torch.cat(nearest, dim=1)
-    candidates = overlap.gather(1, points)
-    mean = candidates.mean(1, keepdim=True)
-    deviation = ((candidates - mean).square().sum(1, keepdim=True) / (points.shape[1] - 1)).sqrt()
-    threshold = mean + deviation
-    chosen = (candidates > threshold) & _inside(predictions.points[points], objects[:, None])
-    assigned = assign_once(points, chosen, image, overlap, len(predictions.logits))
+    image, (x, y) = targets[:, 0].long(), predictions.points.unbind(-1)
+    found = Rows(len(targets))
+    best = Best((len(predictions.logits), len(x)), len(targets), image.device)
+    for part in parts(len(targets), len(predictions.points)):
+        overlap = overlaps(objects[part], predictions.anchors)
+        distance = (targets[part, 2:3] - x).square_() + (targets[part, 3:4] - y).square_()
+        nearest, first = [], 0
+        for size in predictions.levels:
+            of_level = distance[:, first : first + size]
+            nearest.append(of_level.topk(min(_ATSS_POINTS_A_LEVEL, size), dim=1, largest=False).indices + first)
+            first += size
+        points = torch.cat(nearest, dim=1)
+        candidates = overlap.gather(1, points)
+        mean = candidates.mean(1, keepdim=True)
+        deviation = ((candidates - mean).square().sum(1, keepdim=True) / (points.shape[1] - 1)).sqrt()
+        threshold = mean + deviation
+        found.put(part, points, (candidates > threshold) & _inside(predictions.points[points], objects[part, None]))
+        best.put(part, image[part], overlap)
+    points, chosen = found.columns
+    assigned = assign_once(points, chosen, image, best.objects)
     quality = iou(predictions.boxes.reshape(-1, 4)[assigned.points], objects[assigned.objects])
     return assigned, quality * assigned.keep
 
@@ -198,21 +206,27 @@ def _atss(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[A
 def _task_aligned(predictions: Predictions, targets: Tensor, objects: Tensor) -> tuple[Assignment, Tensor]:
     """Assign by score · IoU⁶; return the assignment and the quality of its entries [E]."""
     image, label = targets[:, 0].long(), targets[:, 1].long()
-    overlap = overlaps(objects, predictions.boxes, image)
-    alignment = predictions.logits[image, :, label].sigmoid() * overlap**_TAL_BETA
-    within = alignment.masked_fill(~_inside(predictions.points, objects[:, None]), -1.0)
-    best, points = within.topk(min(_TAL_POINTS, within.shape[1]), dim=1)
-    assigned = assign_once(points, best >= 0, image, overlap, len(predictions.logits))
-    point = assigned.points % overlap.shape[1]
+    found = Rows(len(targets))
+    best = Best((len(predictions.logits), len(predictions.points)), len(targets), image.device, values=1)
+    for part in parts(len(targets), len(predictions.points)):
+        overlap = overlaps(objects[part], predictions.boxes, image[part])
+        alignment = predictions.logits[image[part], :, label[part]].sigmoid() * overlap**_TAL_BETA
+        within = alignment.masked_fill(~_inside(predictions.points, objects[part, None]), -1.0)
+        highest, points = within.topk(min(_TAL_POINTS, within.shape[1]), dim=1)
+        found.put(part, points, highest >= 0, alignment.gather(1, points), overlap.gather(1, points))
+        best.put(part, image[part], overlap, alignment)
+    points, chosen, *own = found.columns
+    assigned = assign_once(points, chosen, image, best.objects)
+    is_own = assigned.objects.view_as(points) == torch.arange(len(targets), device=image.device)[:, None]
 
-    def of_entries(values: Tensor) -> tuple[Tensor, Tensor]:
+    def of_entries(own: Tensor, of_best: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the entries, and the highest of each entry's object."""
-        mine = values[assigned.objects, point] * assigned.keep
+        mine = torch.where(is_own, own, of_best.reshape(-1)[assigned.points].view_as(own)).reshape(-1) * assigned.keep
         highest = mine.new_zeros(len(targets)).scatter_reduce_(0, assigned.objects, mine, "amax")
         return mine, highest[assigned.objects]
 
-    mine, highest = of_entries(alignment)
-    return assigned, mine / (highest + _EPS) * of_entries(overlap)[1]
+    mine, highest = of_entries(own[0], best.values[0])
+    return assigned, mine / (highest + _EPS) * of_entries(own[1], best.score)[1]
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydet.anchors import encode_ssd
 from raydet.boxes import cxcywh_to_xyxy
-from raydet.losses.assignment import best_objects, overlaps
+from raydet.losses.assignment import Best, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import SSD, raw_of
 
@@ -91,20 +91,20 @@ class SSDLoss(DetectionLoss):
 
     def _match(self, objects: Tensor, image: Tensor, images: int) -> Tensor:
         """Row of the targets for each default box of each image [B, A]; -1: background."""
-        overlap = overlaps(cxcywh_to_xyxy(objects), cxcywh_to_xyxy(self.default_boxes))
-        overlapping = torch.where(overlap > self.iou_thresh, overlap, -torch.inf)
-        row = image[:, None].expand_as(overlap)
-        near = torch.full((images, overlap.shape[1]), -torch.inf, device=overlap.device)
-        near = near.scatter_reduce_(0, row, overlapping, "amax") > -torch.inf
-        owner = torch.where(near, best_objects(overlapping, image, images), -1)
-        if not len(objects):
-            return owner
-        # Each object gets its best default box; where that is the best of several, the last of them gets it.
-        # One that overlaps none, outside the image, gets none.
-        highest, best = overlap.max(1)
-        best = image * overlap.shape[1] + best
-        number = torch.where(highest > 0, torch.arange(len(objects), device=overlap.device), -1)
-        forced = torch.full_like(owner, -1).reshape(-1).scatter_reduce_(0, best, number, "amax").reshape(owner.shape)
+        corners, defaults = cxcywh_to_xyxy(objects), cxcywh_to_xyxy(self.default_boxes)
+        best = Best((images, len(defaults)), len(objects), image.device)
+        forced = torch.full((images * len(defaults),), -1, device=image.device)
+        for part in parts(len(objects), len(defaults)):
+            overlap = overlaps(corners[part], defaults)
+            overlapping = torch.where(overlap > self.iou_thresh, overlap, -torch.inf)
+            best.put(part, image[part], overlapping)
+            # Each object gets its best default box; where that is the best of several, the last of them gets it.
+            # One that overlaps none, outside the image, gets none.
+            highest, where = overlap.max(1)
+            number = torch.where(highest > 0, torch.arange(part.start, part.stop, device=image.device), -1)
+            forced.scatter_reduce_(0, image[part] * len(defaults) + where, number, "amax")
+        owner = torch.where(best.score > -torch.inf, best.objects, -1)
+        forced = forced.reshape(owner.shape)
         return torch.where(forced >= 0, forced, owner)
 
     def _raw(self, outputs: Any) -> tuple[Tensor, Tensor]:

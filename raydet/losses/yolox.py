@@ -7,6 +7,7 @@ being the sum of its best IoUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from raydet.anchors import anchor_cells, decode_yolox
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
-from raydet.losses.assignment import Assignment, assign_once, first_of, overlaps
+from raydet.losses.assignment import Assignment, Best, Rows, assign_once, first_of, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.outputs import YOLOX, raw_of, shapes
 
@@ -119,7 +120,7 @@ class YoloXDetectionLoss(DetectionLoss):
         predictions = flatten(self._raw_maps(outputs), self.strides)
         targets = targets.to(predictions.boxes.device, torch.float32, non_blocking=True)
         with torch.no_grad():
-            assigned = self.assign(predictions, targets)
+            assigned, _ = self.assign(predictions, targets).enough(predictions.objectness.numel())
         images, points = predictions.objectness.shape
         weight = assigned.keep.float()
         objects = targets[assigned.objects]
@@ -154,13 +155,27 @@ class YoloXDetectionLoss(DetectionLoss):
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
         """SimOTA over the batch. Targets: [M, 6] on the predictions' device."""
-        image = targets[:, 0].long()
-        near, inside = self._near_and_inside(predictions, targets)
-        candidate = torch.zeros_like(predictions.objectness, dtype=torch.int32)
-        candidate = candidate.index_add_(0, image, (near | inside).int())[image] > 0
-        cost, ious = _cost(predictions, targets, near & inside, candidate)
-        _, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, 1.0), most=_TOP_IOUS)
-        return assign_once(points, chosen, image, -cost, len(predictions.objectness))
+        image, (images, points) = targets[:, 0].long(), predictions.objectness.shape
+        cut = parts(len(targets), points)
+
+        @lru_cache(maxsize=1)  # where there is one part only, both loops look at it
+        def places(number: int) -> tuple[Tensor, Tensor]:
+            return self._near_and_inside(predictions, targets[cut[number]])
+
+        near_any = torch.zeros_like(predictions.objectness, dtype=torch.int32)
+        for number, part in enumerate(cut):
+            near, inside = places(number)
+            near_any.index_add_(0, image[part], (near | inside).int())
+        absent, found = _absent(predictions), Rows(len(targets))
+        best = Best((images, points), len(targets), image.device)
+        for number, part in enumerate(cut):
+            near, inside = places(number)
+            candidate = near_any[image[part]] > 0
+            cost, ious = _cost(predictions, absent, targets[part], near & inside, candidate)
+            found.put(part, *_cheapest(cost, _dynamic_k(ious, candidate, 1.0), most=_TOP_IOUS)[1:])
+            best.put(part, image[part], -cost)
+        cheapest, chosen = found.columns
+        return assign_once(cheapest, chosen, image, best.objects)
 
     def _raw_maps(self, outputs: Any) -> Sequence[Tensor]:
         maps: Sequence[Tensor] = raw_of(outputs, YOLOX, type(self).__name__)
@@ -233,14 +248,16 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
 
     def assign(self, predictions: Predictions, targets: Tensor) -> Assignment:
         """The variant of SimOTA described above. Targets: [M, 6] on the predictions' device."""
-        image = targets[:, 0].long()
-        near, inside = self._near_and_inside(predictions, targets)
-        candidate = near | inside
-        cost, ious = _cost(predictions, targets, near & inside, candidate)
+        image, absent, found = targets[:, 0].long(), _absent(predictions), Rows(len(targets))
         most = max(1, int(_TOP_IOUS * self.dynamic_ks_bias))
-        best, points, chosen = _cheapest(cost, _dynamic_k(ious, candidate, self.dynamic_ks_bias), most)
+        for part in parts(len(targets), predictions.objectness.shape[1]):
+            near, inside = self._near_and_inside(predictions, targets[part])
+            candidate = near | inside
+            cost, ious = _cost(predictions, absent, targets[part], near & inside, candidate)
+            found.put(part, *_cheapest(cost, _dynamic_k(ious, candidate, self.dynamic_ks_bias), most))
+        best, points, chosen = found.columns
 
-        flat = image[:, None] * cost.shape[1] + points
+        flat = image[:, None] * predictions.objectness.shape[1] + points
         offer = torch.where(chosen, best, torch.inf)
         lowest = torch.full((predictions.objectness.numel(),), torch.inf, device=flat.device)
         lowest.scatter_reduce_(0, flat.reshape(-1), offer.reshape(-1), "amin")
@@ -264,15 +281,24 @@ def flatten(maps: Sequence[Tensor], strides: Sequence[int]) -> Predictions:
     )
 
 
-def _cost(predictions: Predictions, targets: Tensor, central: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+def _absent(predictions: Predictions) -> Tensor:
+    """What each point costs [B, A] as if no class were the object's.
+
+    Class cost is the binary cross-entropy of √(p_class · p_object) with the one-hot class, summed over classes. All
+    classes but the object's own are the same for every object, so the sum is made once a point.
+    """
+    joint = (predictions.classes.sigmoid() * predictions.objectness.sigmoid()[..., None]).sqrt_()
+    absent: Tensor = joint.neg_().log1p_().clamp_(min=-100).sum(-1)
+    return absent
+
+
+def _cost(
+    predictions: Predictions, absent: Tensor, targets: Tensor, central: Tensor, candidate: Tensor
+) -> tuple[Tensor, Tensor]:
     """What each point costs each object, infinite where it is no candidate, and their IoU: [M, A] each."""
     image, label = targets[:, 0].long(), targets[:, 1].long()
     ious = overlaps(cxcywh_to_xyxy(targets[:, 2:]), predictions.boxes, image)
-    # Class cost: the binary cross-entropy of √(p_class · p_object) with the one-hot class, summed over classes. All
-    # classes but the object's own are the same for every object, so the sum is made once a point.
     objectness = predictions.objectness.sigmoid()
-    joint = (predictions.classes.sigmoid() * objectness[..., None]).sqrt_()
-    absent = joint.neg_().log1p_().clamp_(min=-100).sum(-1)
     own = (predictions.classes[image, :, label].sigmoid() * objectness[image]).sqrt_()
     cost = torch.log1p(-own).clamp_(min=-100) - own.log().clamp_(min=-100) - absent[image]
     cost = cost - _IOU_COST * torch.log(ious + 1e-8) + _OUTSIDE_COST * ~central

@@ -97,13 +97,14 @@ class TrainPictures:
         if not outcome.finite or not (extreme or numbered):
             return
         began = time.monotonic()
-        seen = _Seen(batch, outcome, size, self._decode, self._callback, self._world)
+        names = self._job.config.class_names
+        seen = _Seen(batch, outcome, size, self._decode, self._callback, self._world, names)
         for chosen in numbered:
             self._numbered[chosen] = number, seen.shown(chosen, self._first(chosen))
         for kept in extreme:
             entry = kept.entry
             if entry.metric is not None:
-                value, values = seen.metric(entry.metric, self._job.config.class_names)
+                value, values = seen.metric(entry.metric)
             else:
                 value, values = seen.loss(self._components.index(entry.measure))
             if kept.is_more_extreme(value, kept.value):
@@ -190,19 +191,20 @@ class ValPictures:
         """Look at the detections in an image, [n, 6] in its pixels."""
         self._found[row] = boxes
 
-    def finish(self, evaluation: CocoEvaluation) -> None:
+    def finish(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> None:
         """Draw; all ranks call it.
 
         Args:
             evaluation: of this rank's images.
+            beat: called after each measure and each picture, as a sign of life.
         """
         if not (self._extreme or self._numbered):
             return
         began = time.monotonic()
         names = self._job.config.class_names
-        whole = measures.Found(evaluation.truth, evaluation.found, names)
-        candidates = everyone([self._candidates(entry, whole) for entry in self._extreme])
-        chosen = [self._chosen(entry, [rank[n] for rank in candidates]) for n, entry in enumerate(self._extreme)]
+        measured = self._measured(evaluation, beat)
+        candidates = everyone([self._candidates(entry, *measured[entry.measure]) for entry in self._extreme])
+        chosen = [self._chosen(entry, [rank[n] for rank in candidates], beat) for n, entry in enumerate(self._extreme)]
         ranks = gathered(chosen)
         if ranks is None:
             return
@@ -211,34 +213,47 @@ class ValPictures:
             batch = [shown for _, pictures, _ in parts for shown in pictures]
             images = _most_extreme(entry, [image for _, _, part in parts for image in part])
             _publish(self._log, "valid", entry, names, batch, images, parts[0][0], self._step, self._epoch)
+            beat()
         for chosen_batch in self._numbered:
             rows = self._batches[chosen_batch.batch_idx] if chosen_batch.batch_idx < len(self._batches) else []
-            shown = self._shown(chosen_batch, rows[: chosen_batch.max_images])
+            shown = self._shown(chosen_batch, rows[: chosen_batch.max_images], beat)
             _publish_numbered(self._log, chosen_batch, names, shown, self._step, self._epoch)
         seconds = self._seconds + time.monotonic() - began
         self._log.metrics(step=self._step, epoch=self._epoch, **{"perf/val_pictures_s": seconds})
 
-    def _candidates(
-        self, entry: Extreme, whole: measures.Found
-    ) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
-        """Return this rank's most extreme batch, as its value and number, and images, as their values and rows."""
+    def _measured(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> dict[str, tuple[Array, Array]]:
+        """Return each measure that is asked for, of this rank's batches and of their images."""
+        whole = measures.Found(evaluation.truth, evaluation.found, self._job.config.class_names)
         rows = np.array([row for batch in self._batches for row in batch], int)
         of_row = np.zeros(rows.max(initial=-1) + 1, int)
-        if entry.metric is not None:
-            of_row[rows] = np.repeat(np.arange(len(self._batches)), [len(batch) for batch in self._batches])
-            of_batches = whole.measure(entry.metric, of_row)
+        sizes = [len(batch) for batch in self._batches]
+        found = {}
+        for name in {entry.metric: None for entry in self._extreme if entry.metric is not None}:
+            of_row[rows] = np.repeat(np.arange(len(sizes)), sizes)
+            of_batches = whole.measure(name, of_row)
             of_row[rows] = np.arange(len(rows))
-            of_images = whole.measure(entry.metric, of_row)
-        else:
-            component = self._components.index(entry.measure)
+            found[name] = of_batches, whole.measure(name, of_row)
+            beat()
+        for name in {entry.measure: None for entry in self._extreme if entry.metric is None}:
+            component = self._components.index(name)
             of_batches = np.array([components[component] for components, _ in self._losses])
-            of_images = np.concatenate([np.empty(0), *(_of_term(shares, component) for _, shares in self._losses)])
+            of_images = [np.empty(0), *(_of_term(shares, component) for _, shares in self._losses)]
+            found[name] = of_batches, np.concatenate(of_images)
+        return found
+
+    def _candidates(
+        self, entry: Extreme, of_batches: Array, of_images: Array
+    ) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+        """Return this rank's most extreme batch, as its value and number, and images, as their values and rows."""
+        rows = [row for batch in self._batches for row in batch]
         batches = list(zip(of_batches.tolist(), range(len(self._batches)), strict=True))
-        images = list(zip(of_images.tolist(), rows.tolist(), strict=True))
+        images = list(zip(of_images.tolist(), rows, strict=True))
         images.sort(key=lambda image: -len(self._job.val_index.annotations(image[1]).labels))  # first among equals
         return _most_extreme(entry, batches, 1), _most_extreme(entry, images)
 
-    def _chosen(self, entry: Extreme, ranks: list[Any]) -> tuple[float, list[Shown], list[tuple[float, Shown]]]:
+    def _chosen(
+        self, entry: Extreme, ranks: list[Any], beat: Callable[[], Any]
+    ) -> tuple[float, list[Shown], list[tuple[float, Shown]]]:
         """Return the value of the most extreme batch of all ranks, and of that and of the images what this rank has."""
         batches = [(value, rank, number) for rank, (batch, _) in enumerate(ranks) for value, number in batch]
         images = [(value, rank, row) for rank, (_, part) in enumerate(ranks) for value, row in part]
@@ -246,13 +261,16 @@ class ValPictures:
         for value, rank, number in _most_extreme(entry, batches, 1):  # noqa: B007 - there is one at most
             rows = self._batches[number] if rank == self._rank else []
         mine = [(value, row) for value, rank, row in _most_extreme(entry, images) if rank == self._rank]
-        pictures = [(each, shown) for each, row in mine for shown in self._shown(entry, [row], each)]
-        return value, self._shown(entry, rows[: entry.max_images]), pictures
+        pictures = [(each, shown) for each, row in mine for shown in self._shown(entry, [row], beat, each)]
+        return value, self._shown(entry, rows[: entry.max_images], beat), pictures
 
-    def _shown(self, entry: Pictures, rows: Iterable[int], value: float | None = None) -> list[Shown]:
+    def _shown(
+        self, entry: Pictures, rows: Iterable[int], beat: Callable[[], Any], value: float | None = None
+    ) -> list[Shown]:
         """Return pictures of original images; those that cannot be read are left out, as the log says."""
         index, pictures = self._job.val_index, []
         for row in rows:
+            beat()
             try:
                 image = decode(index.read(row), index.path(row), index.size(row))
             except RaydetError:
@@ -298,9 +316,10 @@ class _Seen:
         decoder: Callable[[Any], Any] | None,
         callback: PostPrediction,
         world: World,
+        class_names: Sequence[str],
     ):
         self._batch, self._outcome, self._decoder = batch, outcome, decoder
-        self._callback, self._world = callback, world
+        self._callback, self._world, self._class_names = callback, world, class_names
         height, width = batch.images.shape[-2:]
         self._to_batch = np.array((width / size[1], height / size[0]) * 2)
         targets = batch.targets.numpy().astype(np.float64)
@@ -327,21 +346,28 @@ class _Seen:
             return value, np.full(len(self._batch.images), math.nan)
         return value, _of_term(shares.numpy(), component) * len(shares) * self._world.size
 
-    def metric(self, name: str, class_names: Sequence[str]) -> tuple[float, Array]:
-        """Return a metric of the batch of all ranks, and of each image of this one."""
+    @cached_property
+    def _both(self) -> tuple[measures.Found, measures.Found]:
+        """This rank's images, and the batch of all ranks."""
         assert self._found is not None
         images = len(self._batch.images)
         found = np.concatenate([np.column_stack((np.full(len(rows), n), rows)) for n, rows in enumerate(self._found)])
-        of_images = _measurable(self._truth, found, class_names).measure(name, np.arange(images))
-        parts = [(self._truth, found)]
-        if self._world.size > 1:
-            parts = everyone(parts[0])
-            for rank, both in enumerate(parts):
-                for rows in both:
-                    rows[:, 0] += rank * images
+        mine = _measurable(self._truth, found, self._class_names)
+        if self._world.size == 1:
+            return mine, mine
+        parts = everyone((self._truth, found))
+        for rank, both in enumerate(parts):
+            for rows in both:
+                rows[:, 0] += rank * images
         truth, found = (np.concatenate(both) for both in zip(*parts, strict=True))
-        of_batch = _measurable(truth, found, class_names).measure(name, np.zeros(images * len(parts), int))
-        return float(of_batch[0]), of_images
+        return mine, _measurable(truth, found, self._class_names)
+
+    def metric(self, name: str) -> tuple[float, Array]:
+        """Return a metric of the batch of all ranks, and of each image of this one."""
+        images = len(self._batch.images)
+        mine, batch = self._both
+        of_batch = batch.measure(name, np.zeros(images * self._world.size, int))
+        return float(of_batch[0]), mine.measure(name, np.arange(images))
 
     def shown(self, entry: Pictures, which: Iterable[int], values: Array | None = None) -> list[Shown]:
         """Return pictures of some images."""

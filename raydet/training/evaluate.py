@@ -94,6 +94,7 @@ def evaluate(
     device: torch.device,
     say: Callable[[str], Any],
     pictures: ValPictures | None = None,
+    beat: Callable[[], Any] = lambda: None,
 ) -> bytes | None:
     """Detect in this rank's images, and gather what all ranks found.
 
@@ -101,6 +102,7 @@ def evaluate(
         model, batches, index, preprocessing, device, say: see `run`.
         thresholds: what counts as a detection.
         pictures: to be drawn.
+        beat: called between the parts of the work that follows the last batch, as a sign of life.
 
     Returns:
         The state of a CocoEvaluation on rank 0, None on the others.
@@ -115,8 +117,9 @@ def evaluate(
         if pictures is not None:
             pictures.image(row, boxes)
     if pictures is not None:
-        pictures.finish(evaluation)
+        pictures.finish(evaluation, beat)
     shards = gathered(evaluation.to_bytes())
+    beat()
     if shards is None:
         return None
     evaluation.merge_bytes(shards)

@@ -199,7 +199,15 @@ def _detect(
     say = log.say if world.rank == 0 else _nothing
     batches = _noting(batches, job, world)
     return evaluate(
-        model, batches, job.val_index, job.config.preprocessing, job.recipe.eval, world.device, say, pictures
+        model,
+        batches,
+        job.val_index,
+        job.config.preprocessing,
+        job.recipe.eval,
+        world.device,
+        say,
+        pictures,
+        world.beat,
     )
 
 

@@ -145,8 +145,7 @@ class Search:
         if self.objective == "F1@0.50":
             return float(np.nanmean(operating(matches, score, weights).f1[0]))
         levels = {"mAP@0.50": slice(0, 1), "mAP@0.75": slice(5, 6)}.get(self.objective, slice(None))
-        kept = replace(matches, right=matches.right[levels], ignored=matches.ignored[levels])
-        return float(np.nanmean(average_precision(kept, RECALLS, weights)))
+        return float(np.nanmean(average_precision(matches.at(levels), RECALLS, weights)))
 
     def _objects(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         assert self.truth.crowd is not None

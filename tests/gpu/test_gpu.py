@@ -10,9 +10,11 @@ import raydet
 from raydet.data.batch import Batch
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models import family_of, get
+from raydet.postprocess import Candidates, YoloXPostPredictionCallback
 from raydet.recipe import Train
 from raydet.training.optimization import make_optimizer
 from raydet.training.step import Step
+from tests.unit.test_postprocess import some_candidates
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -89,6 +91,15 @@ def test_a_gpu_computes_what_a_cpu_does(name, kind, settings):
         results.append([loss.item(), *components.tolist(), *predictions])
     torch.backends.cudnn.allow_tf32 = True
     assert results[1] == pytest.approx(results[0], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 80, 1203])
+def test_nms_on_a_gpu_keeps_what_it_does_on_a_cpu(classes):
+    found = some_candidates(0, 3000, classes, (200_000.0,))
+    callback = YoloXPostPredictionCallback(iou=0.6, max_predictions=3000)
+    kept = callback.keep(Candidates(*(part.cuda() for part in found)))
+    assert kept.is_cuda
+    assert kept.tolist() == callback.keep(found).tolist()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydet.anchors import ssd_default_boxes
-from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss, assignment
 from raydet.outputs import DFLOutput
 
 CLASSES, BINS = 3, 17
@@ -459,6 +460,53 @@ def test_loss_and_gradients_are_finite(case, kinds, value):
     loss, components = case.criterion(size)(outputs, targets)
     assert components.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves(outputs)))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that a tensor made meanwhile holds, but for copies of a smaller one."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(part, torch.Tensor):
+                self.numbers = max(self.numbers, min(part.numel(), part.untyped_storage().nbytes() // part.itemsize))
+        return out
+
+
+MANY = ["crowd", "any", "edge", "tiny", "any", "twin", "outside"] * 60
+
+
+def results(case, size, kinds):
+    """Loss, components and gradients of a scene, to the bit."""
+    targets = scene(size, kinds, seed=3)
+    outputs = case.outputs(size, len(kinds), targets, 3)
+    loss, components = case.criterion(size)(outputs, targets)
+    return [loss.detach(), components, *torch.autograd.grad(loss, leaves(outputs))]
+
+
+@all_losses
+@pytest.mark.parametrize("kinds", [[MANY, [], MANY[:150]], [["any"], MANY]], ids=["three images", "two images"])
+def test_many_objects_are_assigned_in_parts_with_the_same_result_to_the_bit(case, kinds, monkeypatch):
+    size = (96, 160)
+    with monkeypatch.context() as patch:  # all at once, and no entry left out
+        patch.setattr(assignment, "_ENTRIES_AT_ONCE", 2**30)
+        patch.setattr(assignment.Assignment, "enough", lambda self, points: (self, slice(None)))
+        expected = results(case, size, kinds)
+    monkeypatch.setattr(assignment, "_ENTRIES_AT_ONCE", 1)
+    for mine, other in zip(results(case, size, kinds), expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+@all_losses
+def test_no_tensor_has_a_number_for_each_of_many_objects_and_points(case, monkeypatch):
+    monkeypatch.setattr(assignment, "_ENTRIES_AT_ONCE", 1)
+    size = (96, 160)
+    with Largest() as largest:
+        results(case, size, [MANY] * 4)
+    points = len(ssd_default_boxes(size)) if case.outputs is ssd_outputs else 12 * 20 + 6 * 10 + 3 * 5
+    assert largest.numbers < 4 * len(MANY) * points / 2
 
 
 def test_ssd_counts_a_match_once_where_the_background_boxes_are_fewer_than_wanted():

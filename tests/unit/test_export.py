@@ -22,6 +22,7 @@ from raydet.predict import load
 from raydet.recipe import Eval
 from raydet.training.checkpoint import Config, Progress, pack, write
 from tests.command import raydet as command
+from tests.unit.test_postprocess import some_candidates
 
 FAMILIES = ["ssd_lite_mobilenet_v2", "yolox_n", "ppyoloe_s", "yolo_nas_s"]
 SIZE = 128
@@ -135,6 +136,18 @@ def test_thresholds_mean_the_same(multi_label, agnostic, top_k):
     for image in range(3):
         box, score, label = (part[image, : len(ours)] for part in parts)
         assert np.array_equal(np.column_stack((box, score, label)), ours.numpy())
+
+
+def test_many_classes_and_a_box_far_away_are_no_matter():
+    """Classes are never told apart by large numbers, which would round the boxes."""
+    found = some_candidates(1, 300, 1203, (200_000.0,))
+    boxes, scores = found.boxes[None], torch.zeros(1, 300, 1203)
+    scores[0, torch.arange(300), found.labels] = torch.linspace(0.2, 0.9, 300)
+    callback = PPYoloEPostPredictionCallback(score_threshold=0.1, nms_threshold=0.6, nms_top_k=None)
+    (ours,) = callback((boxes, scores))
+    count, *parts = session_of(boxes, scores, callback).run(None, {"images": np.zeros((1, 3, 32, 32), np.uint8)})
+    box, score, label = (part[0, : count[0, 0]] for part in parts)
+    assert np.array_equal(np.column_stack((box, score, label)), ours.numpy())
 
 
 @pytest.mark.parametrize("form", ["batch", "flat"])

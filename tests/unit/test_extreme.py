@@ -22,8 +22,9 @@ from raydet.evaluation import detected
 from raydet.matching import Boxes
 from raydet.recipe import load
 from raydet.tracking import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback
+from raydet.tracking.pictures import ValPictures
 from raydet.training import checkpoint
-from raydet.training.evaluate import post_prediction
+from raydet.training.evaluate import evaluate, post_prediction
 from raydet.training.loop import train_loop, train_mode
 from raydet.training.prepare import make_job, train_samples, val_samples
 from raydet.training.run import RunLog
@@ -223,6 +224,18 @@ def test_a_batch_is_drawn_by_its_number(runs, ranks, phase, shapes):
     # A validation batch is one rank's, here the first's, who has every second.
     assert note["captions"] == batches[number if phase == "train" else number * ranks][0]
     assert (runs[ranks] / "yolox" / note["picture"]).is_file()
+
+
+def test_each_measure_and_each_picture_is_a_sign_of_life(shapes, tmp_path):
+    job, given = surroundings("yolox", shapes, tmp_path)
+    beats = []
+    shown = ValPictures(job, 0, RunLog(job.folder), job.criterion, 1, 5)
+    batches = LocalWorld(*given).val_batches()()
+    settings = job.config.preprocessing, job.recipe.eval, CPU, print, shown
+    evaluate(job.model.eval(), batches, job.val_index, *settings, lambda: beats.append(1))
+    drawn = sum(len(note["captions"]) for note in pictures(job.folder).values())
+    assert drawn >= 4 * (4 + 3) + 4
+    assert len(beats) > drawn + 1
 
 
 def test_pictures_are_asked_for_in_python_too(demo, tmp_path):

@@ -1,5 +1,7 @@
 import contextlib
 import io
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,12 +10,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from raydet import measures
+from raydet import matching, measures
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, TWELVE, CocoEvaluation
-from raydet.matching import match, operating
+from raydet.evaluation import IOUS, RECALLS, TWELVE, CocoEvaluation
+from raydet.matching import Boxes, average_precision, match, operating
 
 CATEGORIES = (2, 5, 9)
 
@@ -256,6 +258,119 @@ def test_groups_of_images_have_the_metrics_that_each_has_alone(seed, groups):
                 assert values[number] == pytest.approx(expected.get(name, np.nan), abs=1e-12, nan_ok=True), name
             continue
         assert all(np.isnan(values[number]) for values in measured.values())
+
+
+def plain_average_precision(matches, weights):
+    """AP of each IoU threshold and class by its definition, one after the other."""
+    found = np.full((len(matches.right), len(matches.objects)), np.nan)
+    for level, label in np.argwhere(np.ones_like(found)):
+        mine = matches.label == label
+        if not matches.objects[label]:
+            continue
+        right, ignored = matches.right[level, mine], matches.ignored[level, mine]
+        hits, misses = (np.cumsum(which * weights[mine]) for which in (right, ~(right | ignored)))
+        precision = np.maximum.accumulate((hits / (hits + misses + np.spacing(1)))[::-1])[::-1]
+        place = np.searchsorted(hits / matches.objects[label], RECALLS, side="left")
+        found[level, label] = precision[place[place < mine.sum()]].sum() / len(RECALLS)
+    return found
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_average_precision_is_that_of_its_definition_to_the_bit(seed, weighted):
+    index, detections = random_set(seed, false_alarms=60)
+    whole = evaluated(index, detections)
+    matches = match(whole.truth, whole.found, 3, IOUS)
+    weights = np.random.default_rng(seed).integers(1, 4, len(matches.score)).astype(float) ** weighted
+    found = average_precision(matches, RECALLS, weights if weighted else None)
+    assert np.array_equal(found, plain_average_precision(matches, weights), equal_nan=True)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 3, 20]))
+@settings(max_examples=100, deadline=None)
+def test_matches_do_not_depend_on_how_many_pairs_are_compared_at_once(seed, pairs):
+    index, detections = random_set(seed, false_alarms=20)
+    whole = evaluated(index, detections)
+    expected = match(whole.truth, whole.found, 3, IOUS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "_PAIRS_AT_ONCE", pairs)
+        found = match(whole.truth, whole.found, 3, IOUS)
+    parts = zip(vars(found).values(), vars(expected).values(), strict=True)
+    assert all(np.array_equal(mine, other) for mine, other in parts)
+
+
+def test_memory_is_bounded_where_a_class_has_a_thousand_objects_in_an_image():
+    """40 images, 100 detections each: four million pairs, at 8 bytes a number."""
+    rng, images, objects, detections = np.random.default_rng(0), 40, 1000, 100
+    corner = rng.uniform(0, 900, (images * objects, 2))
+    boxes = np.hstack((corner, rng.uniform(5, 20, corner.shape)))
+    image, label = np.repeat(np.arange(images), objects), np.zeros(len(boxes), int)
+    truth = Boxes(image, label, boxes)
+    found = Boxes(image, label, boxes + 1, score=rng.random(len(boxes)))[np.arange(len(boxes)) % objects < detections]
+    tracemalloc.start()
+    matches = match(truth, found, 1, IOUS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert matches.right[0].sum() > images * detections / 2
+    assert peak < 100e6
+
+
+def cpu_seconds(work):
+    """The least of three times."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def test_the_measures_of_each_image_cost_about_what_the_metrics_do():
+    """Of 500 images with 80 classes, and 7 objects and 100 detections each."""
+    rng, images = np.random.default_rng(0), 500
+
+    def boxes(count):
+        corner = rng.uniform(0, 500, (count, 2))
+        return np.hstack((corner, corner + rng.uniform(10, 120, (count, 2))))
+
+    truth, labels = boxes(7 * images), rng.integers(0, 80, 7 * images)
+    index = make_index(
+        [(image, f"{image}.jpg", 640, 640) for image in range(images)],
+        truth,
+        labels=labels,
+        crowd=np.zeros(len(truth), bool),
+        area=np.ones(len(truth)),
+        image_of_box=np.repeat(np.arange(images), 7),
+        root="/",
+        class_names=[str(label) for label in range(80)],
+        category_ids=range(80),
+    )
+    near = truth + rng.normal(0, 5, truth.shape), labels
+    detections = []
+    for image in range(images):
+        mine = slice(7 * image, 7 * image + 7)
+        found = np.concatenate((near[0][mine], boxes(93)))
+        detections.append(np.column_stack((found, rng.random(100), [*near[1][mine], *rng.integers(0, 80, 93)])))
+    whole = evaluated(index, detections)
+
+    def by_image():
+        found = measures.Found(whole.truth, whole.found, index.class_names)
+        for group in (np.arange(images) // 16, np.arange(images)):
+            found.measure("mAP@0.50:0.95", group)
+
+    assert cpu_seconds(by_image) < 3 * cpu_seconds(whole.compute)
+
+
+def test_all_measures_are_of_one_matching(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measures, "match", lambda *given: calls.append(1) or match(*given))
+    index, detections = random_set(4)
+    whole = evaluated(index, detections)
+    found = measures.Found(whole.truth, whole.found, index.class_names)
+    for name in measures.names(index.class_names):
+        for group in (np.zeros(len(index), int), np.arange(len(index))):
+            found.measure(name, group)
+    assert len(calls) == 1
 
 
 def test_a_metric_that_no_batch_has_is_named():

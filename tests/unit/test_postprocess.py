@@ -5,9 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision import ops
 
 from raydet.boxes import cxcywh_to_xyxy, iou
-from raydet.postprocess import PPYoloEPostPredictionCallback, SSDPostPredictCallback, YoloXPostPredictionCallback
+from raydet.postprocess import (
+    Candidates,
+    PPYoloEPostPredictionCallback,
+    SSDPostPredictCallback,
+    YoloXPostPredictionCallback,
+)
 
 
 def decoded(*rows):
@@ -67,6 +73,74 @@ def test_nothing_found_is_an_empty_tensor(callback, settings, points):
 def test_nothing_found_by_matrix_nms_is_an_empty_tensor(callback, points):
     outputs = for_callback(callback, torch.zeros(2, points, 4), torch.zeros(2, points, 3))
     assert [tuple(found.shape) for found in callback(nms_type="matrix")(outputs)] == [(0, 6), (0, 6)]
+
+
+def some_candidates(seed, count, classes, wild):
+    """Boxes about some objects: in tenths of a pixel, so that some overlap by just a threshold; equal scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    objects = torch.cat((600 * some(12, 2), 20 + 200 * some(12, 2)), dim=1)
+    around = objects[torch.randint(12, (count,), generator=generator)]
+    around = around + 0.15 * (some(count, 4) - 0.5) * around[:, [2, 3, 2, 3]]
+    boxes = cxcywh_to_xyxy(around)
+    boxes = torch.where(some(count, 1) < 0.3, (10 * boxes).round() / 10, boxes)
+    for number in range(min(len(wild), count)):
+        boxes[number * count // len(wild), number % 4] = wild[number]
+    scores = torch.where(some(count) < 0.3, 0.5, some(count))
+    labels = torch.randint(classes, (count,), generator=generator)
+    return Candidates(boxes, scores, labels, torch.arange(count))
+
+
+def class_by_class(found, iou):
+    """Which NMS of each class by itself keeps, the best first."""
+    kept = [torch.empty(0, dtype=torch.int64)]
+    for label in found.labels.unique():
+        mine = (found.labels == label).nonzero().squeeze(1)
+        kept.append(mine[ops.nms(found.boxes[mine], found.scores[mine], iou)])
+    kept = torch.cat(kept).sort().values
+    return kept[found.scores[kept].argsort(descending=True, stable=True)]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.sampled_from([0, 1, 2, 60, 700, 1500]),
+    classes=st.sampled_from([1, 3, 80, 1203]),
+    wild=st.sampled_from([(), (200_000.0,), (-3e7, 5e5), (math.inf, -math.inf), (math.nan,), (1e30, 1e-30, math.nan)]),
+    iou=st.sampled_from([0.0, 0.45, 0.6, 0.65, 0.9, 1.0]),
+)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_nms_is_that_of_each_class_by_itself(seed, count, classes, wild, iou):
+    found = some_candidates(seed, count, classes, wild)
+    callback = YoloXPostPredictionCallback(iou=iou, max_predictions=count + 1)
+    assert torch.equal(callback.keep(found), class_by_class(found, iou))
+
+
+def test_a_box_far_away_changes_nothing_for_the_others():
+    found = some_candidates(0, 900, 20, ())
+    callback = YoloXPostPredictionCallback(iou=0.9, max_predictions=1000)
+    far = Candidates(
+        torch.cat((found.boxes, torch.tensor([[0, 0, 200_000.0, 200_000.0]]))),
+        torch.cat((found.scores, torch.tensor([0.001]))),
+        torch.cat((found.labels, torch.tensor([19]))),
+        torch.arange(901),
+    )
+    assert callback.keep(far)[:-1].tolist() == callback.keep(found).tolist()
+
+
+@pytest.mark.parametrize("callback", MATRIX)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_matrix_nms_of_other_boxes_does_not_change_for_one_that_is_not_finite(callback, value):
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = 30 * torch.rand(1, 15, 4, generator=generator), torch.rand(1, 15, 3, generator=generator)
+    detect = callback(conf=0.3, nms_type="matrix")
+    (expected,) = detect(for_callback(callback, boxes, scores))
+    more = torch.tensor([[[value, 5, 5, 5]]]), torch.tensor([[[0.0, 1.0, 0.0]]])
+    both = (torch.cat(parts, 1) for parts in zip((boxes, scores), more, strict=True))
+    (found,) = detect(for_callback(callback, *both))
+    assert torch.equal(found[found[:, :4].isfinite().all(1)], expected)
 
 
 def test_the_score_of_ssd_is_the_class_probability():
