@@ -24,6 +24,7 @@ from raydet.data.samples import Samples
 from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
 from raydet.errors import RaydetError, user_error
+from raydet.evaluation import beyond
 from raydet.mirror import STOP, Mirror, opened
 from raydet.plot import plot
 from raydet.predict import pick_device
@@ -139,13 +140,15 @@ def train(
         return Result(folder, checkpoint.find(folder), metrics, address, finished_before=True)
 
     (folder / STOP).unlink(missing_ok=True)
-    RunLog(folder, echo=say).left_out(problems)
+    log = RunLog(folder, echo=say)
+    log.left_out(problems)
+    for found in beyond(val_index, settings.eval.max_dets, settings.eval.max_detections):
+        log.say(f"warning: validation: {found}")
     resize = job.config.preprocessing.resize
     streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
     if debug:
         world = LocalWorld(job, *streams, device=pick_device(device))
         world.show_first_batch(say)
-        log = RunLog(folder, echo=say)
         with tracked(job, log, rank=0):
             ended = train_loop(job, world, log)
     else:
@@ -202,8 +205,9 @@ def evaluate(
         check_kept(out, "out")
     with opened(path) as local:
         if local.suffix == ".json" and local.is_file():
-            val_index = load_index(load_evaluated(local, recipe, overrides).data, "val")
-            evaluation = read_results(local, val_index)
+            settings = load_evaluated(local, recipe, overrides)
+            val_index = load_index(settings.data, "val")
+            evaluation = read_results(local, val_index, settings.eval.max_dets)
         else:
             job, val_index = open_evaluation(local, recipe, model, overrides, say)
             state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)

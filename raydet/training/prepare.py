@@ -237,7 +237,7 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} is less than an image for each of scale.num_workers {most}")
     if batch % most and fewest == most:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {most} equally")
-    if recipe.eval.watch not in (names := metric_names(val_index)):
+    if recipe.eval.watch not in (names := metric_names(val_index, recipe.eval.max_dets)):
         raise RaydetError(f"eval.watch: there is no metric {recipe.eval.watch}{did_you_mean(recipe.eval.watch, names)}")
     if recipe.train.micro_batch_size is not None and getattr(recipe.loss, "obj_loss_fix", False):
         raise RaydetError(

@@ -99,6 +99,7 @@ def test_ranks_that_cannot_share_the_batch_get_the_next_smaller_one_and_more_ste
         (["scale.num_workers=3"], "train.batch_size 8 cannot be shared by scale.num_workers 3 equally"),
         (["scale.num_workers=[1, 9]"], "train.batch_size 8 is less than an image for each of scale.num_workers 9"),
         (["eval.watch=mAP@50"], r"eval.watch: there is no metric mAP@50; did you mean mAP@0.50\?"),
+        (["eval.watch=AR@0.50:0.95_max=100", "eval.max_dets=300"], "there is no metric AR@0.50:0.95_max=100"),
         (["train.micro_batch_size=4", "loss.obj_loss_fix=true"], "train.micro_batch_size: with loss.obj_loss_fix"),
     ],
 )
