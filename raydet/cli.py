@@ -398,10 +398,7 @@ def export(
     if form != "onnx":
         raise RaydetError(f"--format {form}: it is onnx")
     written = run(checkpoint, out, trust_code=trust_code, form=output, conf=score, iou=iou, say=say)
-    say(
-        f"{written.detections} detections compared: {written.missing} are not in both, the others' scores differ by "
-        f"at most {written.score:.1g}, boxes by {written.pixels:.1g} px"
-    )
+    say(str(written))
     say(f"model: {written.path} ({written.path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -84,6 +84,7 @@ def inspect(
         problems,
         notices=notices,
         image_size=settings.data.image_size,
+        counted=(settings.eval.max_dets, settings.eval.max_detections),
         decoded=decoded,
         augmented=_augmented(settings, train) if recipe and train is not None else None,
         seed=settings.seed,

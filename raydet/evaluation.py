@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -24,29 +24,40 @@ IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 BEST_THRESHOLD = "Best_score_threshold"
 
-# Name → (what, IoU threshold or None for the mean over ten, area, detections an image), as the COCO API has them.
+MAX_DETS = 100  # COCO's: the best so many detections of each class in an image count
+
 _AREAS = ("all", "small", "medium", "large")
-_DETECTIONS = (1, 10, 100)
-TWELVE = {
-    MAIN_METRIC: ("precision", None, "all", 100),
-    "mAP@0.50": ("precision", 0.50, "all", 100),
-    "mAP@0.75": ("precision", 0.75, "all", 100),
-    "mAP@0.50:0.95_area=small": ("precision", None, "small", 100),
-    "mAP@0.50:0.95_area=medium": ("precision", None, "medium", 100),
-    "mAP@0.50:0.95_area=large": ("precision", None, "large", 100),
-    "AR@0.50:0.95_max=1": ("recall", None, "all", 1),
-    "AR@0.50:0.95_max=10": ("recall", None, "all", 10),
-    "AR@0.50:0.95_max=100": ("recall", None, "all", 100),
-    "AR@0.50:0.95_area=small": ("recall", None, "small", 100),
-    "AR@0.50:0.95_area=medium": ("recall", None, "medium", 100),
-    "AR@0.50:0.95_area=large": ("recall", None, "large", 100),
-}
+
+
+def twelve_names(max_dets: int = MAX_DETS) -> dict[str, tuple[str, float | None, str, int]]:
+    """Return COCO's twelve numbers by name, where `max_dets` detections of each class in an image count.
+
+    Each is what it is, its IoU threshold or None for the mean over ten, the area, and the place of its number of
+    detections among 1, 10 and `max_dets`, as the COCO API has them.
+    """
+    return {
+        MAIN_METRIC: ("precision", None, "all", 2),
+        "mAP@0.50": ("precision", 0.50, "all", 2),
+        "mAP@0.75": ("precision", 0.75, "all", 2),
+        "mAP@0.50:0.95_area=small": ("precision", None, "small", 2),
+        "mAP@0.50:0.95_area=medium": ("precision", None, "medium", 2),
+        "mAP@0.50:0.95_area=large": ("precision", None, "large", 2),
+        "AR@0.50:0.95_max=1": ("recall", None, "all", 0),
+        "AR@0.50:0.95_max=10": ("recall", None, "all", 1),
+        f"AR@0.50:0.95_max={max_dets}": ("recall", None, "all", 2),
+        "AR@0.50:0.95_area=small": ("recall", None, "small", 2),
+        "AR@0.50:0.95_area=medium": ("recall", None, "medium", 2),
+        "AR@0.50:0.95_area=large": ("recall", None, "large", 2),
+    }
+
+
+TWELVE = twelve_names()
 _OPERATING = ("Precision@0.50", "Recall@0.50", "F1@0.50", BEST_THRESHOLD)
 
 
-def metric_names(index: Index) -> list[str]:
+def metric_names(index: Index, max_dets: int = MAX_DETS) -> list[str]:
     """Return the names of all metrics that a validation on an index may give."""
-    return [*TWELVE, *_OPERATING, *(f"AP@0.50:0.95_{name}" for name in index.class_names)]
+    return [*twelve_names(max_dets), *_OPERATING, *(f"AP@0.50:0.95_{name}" for name in index.class_names)]
 
 
 class CocoEvaluation:
@@ -54,9 +65,11 @@ class CocoEvaluation:
 
     Args:
         index: the ground truth. Crowds count as in the COCO API: a detection on one is neither right nor wrong.
+        max_dets: the best so many detections of each class in an image count.
     """
 
-    def __init__(self, index: Index):
+    def __init__(self, index: Index, max_dets: int = MAX_DETS):
+        self.max_dets = max_dets
         self._index = index
         self._rows: list[int] = []
         self._found: list[npt.NDArray[np.float64]] = [np.empty((0, 7))]
@@ -76,12 +89,14 @@ class CocoEvaluation:
     def to_bytes(self) -> bytes:
         """Return the state, for `merge_bytes` in another process."""
         buffer = io.BytesIO()
-        np.savez(buffer, rows=np.array(self._rows, int), found=np.concatenate(self._found))
+        found = np.concatenate(self._found)
+        np.savez(buffer, rows=np.array(self._rows, int), found=found, max_dets=self.max_dets)
         return buffer.getvalue()
 
     def merge_bytes(self, shards: Iterable[bytes]) -> None:
-        """Take over the images of other evaluations of the same index, in place of the own ones."""
+        """Take over the images, and `max_dets`, of other evaluations of the same index, in place of the own ones."""
         parts = [np.load(io.BytesIO(shard)) for shard in shards]
+        self.max_dets = int(parts[0]["max_dets"])
         self._rows = [row for part in parts for row in part["rows"].tolist()]
         self._found = [part["found"] for part in parts]
 
@@ -103,6 +118,7 @@ class CocoEvaluation:
             self._index.class_names,
             self._in_ids(self.truth),
             self._in_ids(self.found),
+            lambda parameters: setattr(parameters, "max_dets", [1, 10, self.max_dets]),
         )
 
     def results(self) -> list[dict[str, Any]]:
@@ -128,10 +144,10 @@ class CocoEvaluation:
         truth = self.truth
         check_truth(truth, len(self._rows))
         evaluation = self.coco()
-        metrics = twelve(evaluation) | {
+        metrics = twelve(evaluation, self.max_dets) | {
             f"AP@0.50:0.95_{self._index.class_names[label]}": value for label, value in class_means(evaluation).items()
         }
-        matches = match(truth, self.found, len(self._index.class_names), np.array([0.5]))
+        matches = match(truth, self.found, len(self._index.class_names), np.array([0.5]), self.max_dets)
         at = operating(matches, RECALLS)
         means = [np.nanmean(values, axis=(0, 1)) for values in (at.precision, at.recall, at.f1)]
         best = int(means[2].argmax())
@@ -140,6 +156,53 @@ class CocoEvaluation:
 
     def _in_ids(self, boxes: Boxes) -> Boxes:
         return Boxes(self._index.image_ids[boxes.image], *list(vars(boxes).values())[1:])
+
+
+class Beyond(NamedTuple):
+    """Objects that an evaluation cannot all count as found, for there are more of them in an image than detections.
+
+    Attributes:
+        what: has so many.
+        records: each of these, with the number.
+        remedy: what to set.
+    """
+
+    what: str
+    records: list[str]
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{len(self.records)} {self.what}, such as {self.records[0]}: {self.remedy}"
+
+
+def beyond(index: Index, max_dets: int, max_detections: int) -> list[Beyond]:
+    """Return where an image has more objects than detections count: of a class `max_dets`, in all `max_detections`."""
+    image, (_, label, crowd, _) = index.objects()
+    image, label, classes = image[~crowd], label[~crowd], len(index.class_names)
+    names = index.table["path"]
+    found = []
+    pairs, counts = np.unique(image * classes + label, return_counts=True)
+    if len(which := np.flatnonzero(counts > max_dets)):
+        which = which[np.argsort(-counts[which], kind="stable")]
+        records = [f"{names[pair // classes]}: {index.class_names[pair % classes]}" for pair in pairs[which].tolist()]
+        found.append(
+            Beyond(
+                f"images have more objects of a class than the {max_dets} that AP counts",
+                [f"{record} {count}" for record, count in zip(records, counts[which].tolist(), strict=True)],
+                f"set eval.max_dets={counts.max()}, or those beyond count as missed",
+            )
+        )
+    counts = np.bincount(image, minlength=len(index))
+    if len(which := np.flatnonzero(counts > max_detections)):
+        which = which[np.argsort(-counts[which], kind="stable")]
+        found.append(
+            Beyond(
+                f"images have more objects than the {max_detections} detections of an image that are kept",
+                [f"{names[row]}: {counts[row]}" for row in which.tolist()],
+                f"set eval.max_detections={counts.max()}, or those beyond count as missed",
+            )
+        )
+    return found
 
 
 def objects(index: Index, rows: npt.NDArray[np.integer] | None = None) -> Boxes:
@@ -203,16 +266,16 @@ def check_truth(truth: Boxes, images: int) -> None:
         )
 
 
-def twelve(evaluation: Any) -> dict[str, float]:
-    """Return COCO's twelve numbers, those that there are objects for."""
+def twelve(evaluation: Any, max_dets: int = MAX_DETS) -> dict[str, float]:
+    """Return COCO's twelve numbers, those that there are objects for; `max_dets` is that of the evaluation."""
     found = evaluation.eval
     arrays = {
         "precision": np.asarray(found["precision"]),  # [IoU, recall, class, area, detections]
         "recall": np.asarray(found["recall"]),  # [IoU, class, area, detections]
     }
     metrics = {}
-    for name, (what, iou, area, detections) in TWELVE.items():
-        values = arrays[what][..., _AREAS.index(area), _DETECTIONS.index(detections)]
+    for name, (what, iou, area, place) in twelve_names(max_dets).items():
+        values = arrays[what][..., _AREAS.index(area), place]
         values = values if iou is None else values[np.isclose(IOUS, iou)]
         if (values > -1).any():  # -1: no ground truth
             metrics[name] = float(values[values > -1].mean())

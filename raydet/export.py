@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ from raydet.mirror import opened
 from raydet.models import Detector
 from raydet.models.export import OUTPUTS, Exported, MissingPackages, to_onnx
 from raydet.predict import METADATA, OnnxPredictor, Predictor, with_thresholds
+from raydet.recipe import Eval
 from raydet.training import checkpoint
 from raydet.training.evaluate import post_prediction
 from raydet.training.prepare import load_evaluated
+from raydet.visualization import Image
 
 Rows = npt.NDArray[np.float32]
 _IMAGES = 8  # that the check detects in
+_COMPARED, _BEST = 10, 300  # detections in an image, and boxes that they are of, where the export's score leaves none
 _SCORE, _PIXELS = 1e-3, 0.5  # largest differences
+_SHARE_OF_SCORE = 0.01  # the same as a share of the highest score, where that is less
 # Of two boxes that overlap just as much as NMS allows, rounding decides which stay: so many detections may differ.
 _SHARE = 0.01
 
@@ -41,6 +45,7 @@ class Written:
     Attributes:
         path: of the file.
         detections: that were compared.
+        threshold: lowest score of those, that of the file where it detects something.
         missing: of these, which only one of the two has.
         score: largest difference of a score.
         pixels: largest difference of a box's side.
@@ -48,9 +53,18 @@ class Written:
 
     path: Path
     detections: int
+    threshold: float
     missing: int
     score: float
     pixels: float
+
+    def __str__(self) -> str:
+        if not self.detections:
+            return "nothing was compared: neither onnxruntime nor PyTorch detects anything, whatever the score"
+        return (
+            f"{self.detections} detections with scores above {self.threshold:.2g} compared: {self.missing} are not in "
+            f"both, the others' scores differ by at most {self.score:.1g}, boxes by {self.pixels:.1g} px"
+        )
 
 
 def export(
@@ -95,32 +109,67 @@ def export(
         pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
         target = Path(out) if out is not None else folder / "model.onnx"
         say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
-        try:
-            module = Exported(model.fuse(), config.preprocessing, post_prediction(model, thresholds), form)
-            data = to_onnx(module, config.image_size, {METADATA: json.dumps(about), "raydet_version": __version__})
-        except MissingPackages as error:
-            raise RaydetError(f"export: {error}") from None
+        fused = model.fuse()
+
+        def written(thresholds: Eval) -> bytes:
+            module = Exported(fused, config.preprocessing, post_prediction(model, thresholds), form)
+            try:
+                return to_onnx(module, config.image_size, {METADATA: json.dumps(about), "raydet_version": __version__})
+            except MissingPackages as error:
+                raise RaydetError(f"export: {error}") from None
+
+        data = written(thresholds)
         images, source = _images(folder, pytorch, trust_code)
-        onnx = OnnxPredictor(data, str(target))
         say(f"comparing onnxruntime with PyTorch on {len(images)} {source}")
-        lists: list[tuple[Rows, Rows]] = []
-        for inputs in images[:1], images:
-            sizes = [config.image_size[::-1]] * len(inputs)
-            found = (predictor.detect_fitted(inputs, sizes, thresholds) for predictor in (pytorch, onnx))
-            lists += zip(*found, strict=True)
-        compared = [compare(*pair, thresholds.score, thresholds.max_detections) for pair in lists]
-        detections, missing = sum(len(ours) for ours, _ in lists), sum(number for number, *_ in compared)
-        if missing > _SHARE * max(detections, 1):
-            raise RaydetError(
-                f"{target}: not written, as onnxruntime detects something else than PyTorch: of {detections} and "
-                f"{sum(len(theirs) for _, theirs in lists)} detections, {missing} have none like them"
+        found = _check(pytorch, OnnxPredictor(data, str(target)), images, thresholds, target)
+        if not found.detections and (lower := _lower(pytorch, images, thresholds)) is not None:
+            say(
+                f"nothing is detected there with a score above {thresholds.score:g}: comparing what is above "
+                f"{lower.score:.2g}, without NMS"
             )
+            about |= {"thresholds": lower.model_dump()}
+            found = _check(pytorch, OnnxPredictor(written(lower), str(target)), images, lower, target)
         Store(target.parent).write(target.name, data)
-        score, pixels = (max(values) for values in list(zip(*compared, strict=True))[1:])
-        return Written(target, detections, missing, score, pixels)
+        return found
 
 
-def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int, float, float]:
+def _check(pytorch: Predictor, onnx: Predictor, images: Sequence[Image], thresholds: Eval, target: Path) -> Written:
+    """Compare what both detect in the first image alone and in all as a batch; RaydetError: something else."""
+    lists: list[tuple[Rows, Rows]] = []
+    for inputs in images[:1], images:
+        sizes = [pytorch.config.image_size[::-1]] * len(inputs)
+        found = (predictor.detect_fitted(inputs, sizes, thresholds) for predictor in (pytorch, onnx))
+        lists += zip(*found, strict=True)
+    highest = max(float(rows[:, 4].max(initial=0)) for pair in lists for rows in pair)
+    apart = min(_SCORE, _SHARE_OF_SCORE * highest)
+    compared = [compare(*pair, thresholds.score, thresholds.max_detections, apart) for pair in lists]
+    detections, missing = sum(len(ours) for ours, _ in lists), sum(number for number, *_ in compared)
+    if missing > _SHARE * max(detections, 1):
+        raise RaydetError(
+            f"{target}: not written, as onnxruntime detects something else than PyTorch: of {detections} and "
+            f"{sum(len(theirs) for _, theirs in lists)} detections, {missing} have none like them"
+        )
+    score, pixels = (max(values) for values in list(zip(*compared, strict=True))[1:])
+    return Written(target, detections, thresholds.score, missing, score, pixels)
+
+
+def _lower(pytorch: Predictor, images: Sequence[Image], thresholds: Eval) -> Eval | None:
+    """Return the thresholds with a score that leaves detections to compare; None: whatever it is, there are none."""
+    # Without NMS, and all classes of a box: scores as low as that may be so near each other that rounding decides which
+    # is the best.
+    everything = {"score": 0.0, "iou": 1.0, "multi_label": True, "class_agnostic": False}
+    every = thresholds.model_copy(update={**everything, "nms_top_k": _BEST})
+    sizes = [pytorch.config.image_size[::-1]] * len(images)
+    scores = np.sort(np.concatenate([rows[:, 4] for rows in pytorch.detect_fitted(images, sizes, every)]))[::-1]
+    if not len(scores):
+        return None
+    # A score as low as that of the last one is not above the threshold.
+    last = scores[min(_COMPARED * len(images), len(scores) - 1)]
+    lower = last if last < scores[0] else scores[0] / 2
+    return thresholds.model_copy(update={**everything, "score": float(lower)})
+
+
+def compare(ours: Rows, theirs: Rows, threshold: float, most: int, apart: float = _SCORE) -> tuple[int, float, float]:
     """Compare two lists of detections [n, 6] in an image.
 
     Args:
@@ -128,6 +177,7 @@ def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int,
         theirs: the other.
         threshold: lowest score of a detection.
         most: detections of an image; what has a score near the last of so many may be in one list alone.
+        apart: largest difference of the scores of the same detection.
 
     Returns:
         Detections that only one list has, and the largest differences of a score and of a box's side in pixels among
@@ -141,7 +191,7 @@ def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int,
             number
             for number in left
             if theirs[number, 5] == row[5]
-            and abs(theirs[number, 4] - row[4]) <= _SCORE
+            and abs(theirs[number, 4] - row[4]) <= apart
             and np.abs(theirs[number, :4] - row[:4]).max() <= _PIXELS
         ]
         if near:
@@ -149,8 +199,8 @@ def compare(ours: Rows, theirs: Rows, threshold: float, most: int) -> tuple[int,
             score = max(score, float(abs(theirs[near[0], 4] - row[4])))
             pixels = max(pixels, float(np.abs(theirs[near[0], :4] - row[:4]).max()))
         else:
-            missing += bool(row[4] > lowest + _SCORE)
-    return missing + sum(bool(theirs[number, 4] > lowest + _SCORE) for number in left), score, pixels
+            missing += bool(row[4] > lowest + apart)
+    return missing + sum(bool(theirs[number, 4] > lowest + apart) for number in left), score, pixels
 
 
 def _images(folder: Path, predictor: Predictor, trust_code: bool) -> tuple[list[npt.NDArray[np.uint8]], str]:

@@ -10,25 +10,24 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.errors import RaydetError, did_you_mean
-from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS
+from raydet.evaluation import IOUS, MAIN_METRIC, MAX_DETS, RECALLS
 from raydet.matching import Boxes, Floats, Ints, Matches, average_precision, match, operating
 
 _AP, _AR = "AP@0.50:0.95_", "AR@0.50:0.95_max="
 _ALL, _LOWEST = slice(None), slice(0, 1)  # of IOUS
 _LEVELS = {MAIN_METRIC: _ALL, "mAP@0.50": _LOWEST, "mAP@0.75": slice(5, 6)}
-_DETECTIONS = (1, 10, 100)
 _POINT = ("Precision@0.50", "Recall@0.50", "F1@0.50")
 
 
-def names(class_names: Sequence[str]) -> list[str]:
+def names(class_names: Sequence[str], max_dets: int = MAX_DETS) -> list[str]:
     """Return the metrics that `measure` knows."""
-    return [*_LEVELS, *(f"{_AR}{most}" for most in _DETECTIONS), *_POINT, *(_AP + name for name in class_names)]
+    return [*_LEVELS, *(f"{_AR}{most}" for most in (1, 10, max_dets)), *_POINT, *(_AP + name for name in class_names)]
 
 
-def check(name: str, class_names: Sequence[str], key: str) -> None:
+def check(name: str, class_names: Sequence[str], key: str, max_dets: int = MAX_DETS) -> None:
     """Raise RaydetError, which names the recipe's key, where `measure` does not know a metric."""
-    if name not in (known := names(class_names)):
-        hint = did_you_mean(name, known) or f"; there are {', '.join(names(()))} and {_AP}{{class}}"
+    if name not in (known := names(class_names, max_dets)):
+        hint = did_you_mean(name, known) or f"; there are {', '.join(names((), max_dets))} and {_AP}{{class}}"
         raise RaydetError(f"{key}: a batch has no metric {name}{hint}")
 
 
@@ -40,15 +39,17 @@ class Found:
         truth: the objects.
         found: the detections, by image.
         class_names: name of each class.
+        max_dets: the best so many detections of each class in an image count.
     """
 
     truth: Boxes
     found: Boxes
     class_names: Sequence[str]
+    max_dets: int = MAX_DETS
 
     @cached_property
     def _matches(self) -> Matches:
-        return match(self.truth, self.found, len(self.class_names), IOUS)
+        return match(self.truth, self.found, len(self.class_names), IOUS, self.max_dets)
 
     def measure(self, name: str, group: Ints) -> Floats:
         """Return a metric of each group of images, as `CocoEvaluation.compute` gives it of these images alone.

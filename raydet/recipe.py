@@ -340,6 +340,9 @@ class Eval(Section):
     iou: float = Field(0.65, gt=0, le=1, description="NMS: of two boxes that overlap more, the better stays")
     nms_top_k: int | None = Field(None, ge=1, description="the best so many of an image enter NMS; null: all")
     max_detections: int = Field(300, ge=1, description="of an image, after NMS")
+    max_dets: int = Field(
+        100, gt=10, description="metrics count the best so many detections of each class in an image; COCO: 100"
+    )
     multi_label: bool = Field(False, description="a box may be detected as several classes, else as its best")
     class_agnostic: bool = Field(False, description="NMS across classes")
 

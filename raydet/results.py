@@ -14,7 +14,7 @@ from raydet.boxes import xywh_to_xyxy
 from raydet.data.index import Index
 from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, RECALLS, CocoEvaluation
+from raydet.evaluation import IOUS, MAX_DETS, RECALLS, CocoEvaluation
 from raydet.matching import counts, match
 
 if TYPE_CHECKING:
@@ -34,12 +34,13 @@ _ERRORS = {
 }
 
 
-def read_results(path: Path, index: Index) -> CocoEvaluation:
+def read_results(path: Path, index: Index, max_dets: int = MAX_DETS) -> CocoEvaluation:
     """Read COCO's results JSON as an evaluation of an index.
 
     Args:
         path: of a list of {image_id, category_id, bbox: [left, top, width, height], score}.
         index: the ground truth.
+        max_dets: the best so many detections of each class in an image count.
 
     Raises:
         RaydetError: the file is not that, or of other images or categories than the index.
@@ -67,7 +68,7 @@ def read_results(path: Path, index: Index) -> CocoEvaluation:
     )
     found = np.column_stack((xywh_to_xyxy(boxes), scores, labels)) if len(entries) else np.empty((0, 6))
     by_image = np.argsort(rows, kind="stable")
-    evaluation = CocoEvaluation(index)
+    evaluation = CocoEvaluation(index, max_dets)
     evaluation.update(range(len(index)), np.split(found[by_image], rows[by_image].searchsorted(range(1, len(index)))))
     return evaluation
 
@@ -101,7 +102,7 @@ def _precision_recall(axes: Axes, evaluation: CocoEvaluation, coco: Any, metrics
         curve = precision[level][:, (precision[level] > -1).all(axis=0)].mean(axis=1)
         axes.plot(RECALLS, curve, label=f"IoU {IOUS[level]:.2f}: AP {curve.mean():.3f}")
     # The true curve too, at each score: the mean of the classes that have objects.
-    matches = match(evaluation.truth, evaluation.found, precision.shape[2], np.array([0.5]))
+    matches = match(evaluation.truth, evaluation.found, precision.shape[2], np.array([0.5]), evaluation.max_dets)
     thresholds = np.linspace(0, 1, 1001)
     right, wrong = counts(matches, thresholds)
     seen = (right + wrong).sum(axis=(0, 1)) > 0

@@ -101,4 +101,4 @@ def local_eval_batches(samples: Samples, batch_size: int) -> Iterator[Batch]:
 
 def _by_chunk(start: int, stop: int, chunk_size: int) -> list[range]:
     edges = [start, *range((start // chunk_size + 1) * chunk_size, stop, chunk_size), stop]
-    return [range(low, high) for low, high in pairwise(edges)]
+    return [range(low, high) for low, high in pairwise(edges) if low < high]

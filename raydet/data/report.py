@@ -23,6 +23,7 @@ from raydet.data.render import decode
 from raydet.data.scan import present
 from raydet.data.store import store
 from raydet.errors import RaydetError
+from raydet.evaluation import beyond
 from raydet.printed import printed
 from raydet.visualization import draw_boxes
 
@@ -171,6 +172,7 @@ def inspect(
     *,
     notices: Mapping[str, Sequence[Notice]] | None = None,
     image_size: tuple[int, int] = (640, 640),
+    counted: tuple[int, int] = (100, 300),
     decoded: Mapping[str, Sequence[Decoded]] | None = None,
     augmented: Batch | None = None,
     seed: int = 0,
@@ -183,6 +185,7 @@ def inspect(
         problems: name → records that its loader had to leave out; or why it could not be read, if it is no split.
         notices: name → what its loader takes for a mistake.
         image_size: (height, width) of the model's input in pixels, which tells what is tiny.
+        counted: detections that an evaluation counts of a class in an image, and keeps of an image.
         decoded: name → what `decode_all` gives.
         augmented: samples as the model will get them.
         seed: of the choice of pictures.
@@ -196,6 +199,8 @@ def inspect(
         ]
     for split, index in splits.items():
         findings += [*_files(split, index), *_boxes(split, index, image_size)]
+    for split, index in list(splits.items())[1:] or splits.items():  # what is validated on
+        findings += [Finding.of("warning", split, *found) for found in beyond(index, *counted)]
     findings = [finding for finding in findings if finding.count]
     findings.sort(key=lambda finding: (LEVELS.index(finding.level), -finding.count))
 

@@ -47,7 +47,7 @@ def check_pictures(recipe: Recipe, criterion: nn.Module, model: nn.Module, class
     components = [f"{type(criterion).__name__}/{name}" for name in criterion.component_names]  # type: ignore[union-attr]
     for entry in recipe.track.extreme_batches:
         if entry.metric is not None:
-            measures.check(entry.metric, class_names, _KEY)
+            measures.check(entry.metric, class_names, _KEY, recipe.eval.max_dets)
             if entry.enable_on_train_loader and _decoder(model) is None:
                 raise RaydetError(
                     f"{_KEY}: {entry.metric} of training batches needs a head with a method `decode`, which makes the "
@@ -97,8 +97,7 @@ class TrainPictures:
         if not outcome.finite or not (extreme or numbered):
             return
         began = time.monotonic()
-        names = self._job.config.class_names
-        seen = _Seen(batch, outcome, size, self._decode, self._callback, self._world, names)
+        seen = _Seen(self._job, batch, outcome, size, self._decode, self._callback, self._world)
         for chosen in numbered:
             self._numbered[chosen] = number, seen.shown(chosen, self._first(chosen))
         for kept in extreme:
@@ -223,7 +222,8 @@ class ValPictures:
 
     def _measured(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> dict[str, tuple[Array, Array]]:
         """Return each measure that is asked for, of this rank's batches and of their images."""
-        whole = measures.Found(evaluation.truth, evaluation.found, self._job.config.class_names)
+        names = self._job.config.class_names
+        whole = measures.Found(evaluation.truth, evaluation.found, names, evaluation.max_dets)
         rows = np.array([row for batch in self._batches for row in batch], int)
         of_row = np.zeros(rows.max(initial=-1) + 1, int)
         sizes = [len(batch) for batch in self._batches]
@@ -310,16 +310,16 @@ class _Seen:
 
     def __init__(
         self,
+        job: Job,
         batch: Batch,
         outcome: Outcome,
         size: tuple[int, int],
         decoder: Callable[[Any], Any] | None,
         callback: PostPrediction,
         world: World,
-        class_names: Sequence[str],
     ):
-        self._batch, self._outcome, self._decoder = batch, outcome, decoder
-        self._callback, self._world, self._class_names = callback, world, class_names
+        self._job, self._batch, self._outcome, self._decoder = job, batch, outcome, decoder
+        self._callback, self._world = callback, world
         height, width = batch.images.shape[-2:]
         self._to_batch = np.array((width / size[1], height / size[0]) * 2)
         targets = batch.targets.numpy().astype(np.float64)
@@ -352,7 +352,7 @@ class _Seen:
         assert self._found is not None
         images = len(self._batch.images)
         found = np.concatenate([np.column_stack((np.full(len(rows), n), rows)) for n, rows in enumerate(self._found)])
-        mine = _measurable(self._truth, found, self._class_names)
+        mine = _measurable(self._truth, found, self._job)
         if self._world.size == 1:
             return mine, mine
         parts = everyone((self._truth, found))
@@ -360,7 +360,7 @@ class _Seen:
             for rows in both:
                 rows[:, 0] += rank * images
         truth, found = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return mine, _measurable(truth, found, self._class_names)
+        return mine, _measurable(truth, found, self._job)
 
     def metric(self, name: str) -> tuple[float, Array]:
         """Return a metric of the batch of all ranks, and of each image of this one."""
@@ -418,10 +418,10 @@ def _loss_alone(criterion: nn.Module, outputs: Any, batch: Batch) -> tuple[Array
     return components.float().cpu().numpy(), shares.float().cpu().numpy()
 
 
-def _measurable(truth: Array, found: Array, class_names: Sequence[str]) -> measures.Found:
+def _measurable(truth: Array, found: Array, job: Job) -> measures.Found:
     """Objects [m, 6] = image, xyxy, class, and detections [n, 7] = image, xyxy, score, class."""
     objects = Boxes(truth[:, 0].astype(int), truth[:, 5].astype(int), xyxy_to_xywh(truth[:, 1:5]))
-    return measures.Found(objects, detected(found), class_names)
+    return measures.Found(objects, detected(found), job.config.class_names, job.recipe.eval.max_dets)
 
 
 def _picture(image: Any, truth: tuple[Array, Array], found: Array | None, entry: Pictures, caption: str) -> Shown:

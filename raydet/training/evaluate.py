@@ -107,7 +107,7 @@ def evaluate(
     Returns:
         The state of a CocoEvaluation on rank 0, None on the others.
     """
-    evaluation = CocoEvaluation(index)
+    evaluation = CocoEvaluation(index, thresholds.max_dets)
     callback = post_prediction(model, thresholds)
     look = [] if pictures is None else [pictures.batch]
     for row, placement, found in run(model, batches, index, preprocessing, callback, device, say, *look):

@@ -27,6 +27,7 @@ from raydet.data.store import is_uri
 from raydet.data.stream import DataTasks
 from raydet.devices import pick_device
 from raydet.errors import RaydetError, user_error
+from raydet.evaluation import beyond
 from raydet.mirror import STOP, Mirror, opened
 from raydet.models.reference_weights import other_classes
 from raydet.plot import plot
@@ -177,11 +178,13 @@ def _train(
         return Result(folder, checkpoint.find(folder), metrics, address, finished_before=True)
 
     (folder / STOP).unlink(missing_ok=True)
-    RunLog(folder, echo=say).left_out(problems)
+    log = RunLog(folder, echo=say)
+    log.left_out(problems)
+    for found in beyond(streams[1].index, settings.eval.max_dets, settings.eval.max_detections):
+        log.say(f"warning: validation: {found}")
     if device is not None:
         world = LocalWorld(job, *streams, device=device)
         world.show_first_batch(say)
-        log = RunLog(folder, echo=say)
         with tracked(job, log, rank=0):
             ended = train_loop(job, world, log)
     else:
@@ -241,8 +244,9 @@ def evaluate(
         check_kept(out, "out")
     with opened(path) as local:
         if local.suffix == ".json" and local.is_file():
-            val_index = load_index(load_evaluated(local, recipe, overrides).data, "val")
-            evaluation = read_results(local, val_index)
+            settings = load_evaluated(local, recipe, overrides)
+            val_index = load_index(settings.data, "val")
+            evaluation = read_results(local, val_index, settings.eval.max_dets)
         else:
             job, val_index = open_evaluation(local, recipe, model, overrides, say, trust_code)
             state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)

@@ -282,7 +282,7 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(f"train.batch_size {batch} is less than an image for each of scale.num_workers {most}")
     if batch % most and fewest == most:
         raise RaydetError(f"train.batch_size {batch} cannot be shared by scale.num_workers {most} equally")
-    _check_watch(recipe.eval.watch, val_index)
+    _check_watch(recipe.eval, val_index)
     if recipe.train.micro_batch_size is not None and getattr(recipe.loss, "obj_loss_fix", False):
         raise RaydetError(
             "train.micro_batch_size: with loss.obj_loss_fix the terms of the loss have different divisors, so that "
@@ -290,8 +290,8 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         )
 
 
-def _check_watch(watch: str, val_index: Index) -> None:
-    names = metric_names(val_index)
+def _check_watch(settings: Eval, val_index: Index) -> None:
+    watch, names = settings.watch, metric_names(val_index, settings.max_dets)
     if watch not in names:
         known = [*(name for name in names if not name.startswith("AP@")), "AP@0.50:0.95_{class}"]
         raise RaydetError(
@@ -300,7 +300,7 @@ def _check_watch(watch: str, val_index: Index) -> None:
     if watch == MAIN_METRIC:
         return
     # Of some classes, or of small, medium or large objects, the validation data may have none.
-    nothing = CocoEvaluation(val_index)
+    nothing = CocoEvaluation(val_index, max_dets=settings.max_dets)
     nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
     if watch not in nothing.compute():
         raise RaydetError(f"eval.watch: the validation data has no objects that {watch} is measured on: watch another")

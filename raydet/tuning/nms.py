@@ -124,7 +124,7 @@ def tune_nms(
         source = checkpoint.find(local) if local.is_dir() else None
         file = _candidates(local if source is None else source, job, index, debug, device, verbose, say)
         candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
-        search = Search(candidates, objective, precision, seed)
+        search = Search(candidates, objective, precision, seed, job.recipe.eval.max_dets)
         default = Setting.of(job.recipe.eval)
         work = groups(trials, default, seed)
         count = sum(map(len, work))

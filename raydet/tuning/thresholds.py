@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS, objects
+from raydet.evaluation import IOUS, MAIN_METRIC, MAX_DETS, RECALLS, objects
 from raydet.matching import Floats, Matches, average_precision, counts, match, operating
 from raydet.postprocess import PostPrediction
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet
@@ -85,17 +85,24 @@ class Search:
         objective: one of `OBJECTIVES`.
         precision: settings by which a smaller share of the detections is right at IoU 0.50 are worth nothing.
         seed: of the halves.
+        max_dets: the best so many detections of each class in an image count.
 
     Raises:
         RaydetError: there is no such objective, or a half has no objects.
     """
 
     def __init__(
-        self, candidates: CandidateSet, objective: str = MAIN_METRIC, precision: float | None = None, seed: int = 0
+        self,
+        candidates: CandidateSet,
+        objective: str = MAIN_METRIC,
+        precision: float | None = None,
+        seed: int = 0,
+        max_dets: int = MAX_DETS,
     ):
         if objective not in OBJECTIVES:
             raise RaydetError(f"objective {objective}: it is one of {', '.join(OBJECTIVES)}")
         self.candidates, self.objective, self.precision, self.seed = candidates, objective, precision, seed
+        self.max_dets = max_dets
         self.classes = len(candidates.index.class_names)
         self.truth = objects(candidates.index)
         half = np.random.default_rng(seed).permutation(len(candidates)) < len(candidates) // 2
@@ -106,7 +113,7 @@ class Search:
         self._suppressed = lru_cache(maxsize=4)(self._suppress)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Search, (self.candidates, self.objective, self.precision, self.seed)
+        return Search, (self.candidates, self.objective, self.precision, self.seed, self.max_dets)
 
     def value(self, setting: Setting, rows: npt.NDArray[Any]) -> float:
         """Return the value of a setting on some images, rows of the index in ascending order."""
@@ -163,7 +170,7 @@ class Search:
         """Return the matches of all that NMS leaves, and the place of each among those of its image."""
         callback = PostPrediction(FLOOR, iou, TOP_K, class_agnostic, multi_label, nms_top_k)
         found, places = self.candidates.detect(callback)
-        matches = match(self.truth, found, self.classes, IOUS)
+        matches = match(self.truth, found, self.classes, IOUS, self.max_dets)
         return matches, places[matches.given]
 
 

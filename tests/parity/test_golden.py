@@ -89,10 +89,11 @@ def reference(request, golden, golden_weights, tmp_path_factory):
 
 @torch.no_grad()
 def test_model(reference):
+    """In double precision, so that only the references' rounding is between: at most 1.5e-4 (YOLO-NAS)."""
     model, pixels, expected = reference
-    found = flat(model(pixels))
+    found = flat(copy.deepcopy(model).double()(pixels.double()))
     for key, array in expected.items():
-        assert np.abs(found[key] - array).max() <= 1e-4 * np.abs(array).max(), key
+        assert np.abs(found[key] - array).max() <= 2e-4 * np.abs(array).max(), key
 
 
 @torch.no_grad()

@@ -60,6 +60,14 @@ def test_debug_shows_shapes_and_draws_the_first_batch(debug_run):
     assert picture.std() > 10
 
 
+def test_more_objects_than_an_evaluation_counts_are_named_before_the_training(demo, debug_run):
+    _, said = train(demo, "eval.max_detections=1", "train.epochs=1")
+    (warning,) = (line for line in said if line.startswith("warning: validation: "))
+    assert "images have more objects than the 1 detections of an image that are kept, such as 0" in warning
+    assert "set eval.max_detections=" in warning
+    assert not any(line.startswith("warning") for line in debug_run[1])
+
+
 def test_progress_says_what_a_user_looks_for(debug_run):
     _, said = debug_run
     line = next(line for line in said if "step 10/10" in line)

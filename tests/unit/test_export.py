@@ -38,7 +38,7 @@ def pictures(shared):
     return [decode(index.read(row), index.path(row)) for row in range(PICTURES)]
 
 
-def made(folder, name, thresholds, num_classes=CLASSES, weights=None):
+def made(folder, name, thresholds, num_classes=CLASSES, weights=None, bias=-2.0, spread=1.0):
     """A checkpoint of a model that has learnt nothing, but tells points and classes apart; YOLOX-nano knows COCO."""
     torch.manual_seed(0)
     sizes = {"image_size": (SIZE, SIZE)}
@@ -54,8 +54,10 @@ def made(folder, name, thresholds, num_classes=CLASSES, weights=None):
         model.train()(preprocessing(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
         for part, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and part.rpartition(".")[0].endswith("preds"):
-                nn.init.normal_(module.weight, std=(0.1 if "reg" in part else 1) / module.weight[0].numel() ** 0.5)
-                nn.init.normal_(module.bias, mean=-2 if "cls" in part else 0, std=0 if "reg" in part else 1)
+                nn.init.normal_(
+                    module.weight, std=(0.1 if "reg" in part else 1) * spread / module.weight[0].numel() ** 0.5
+                )
+                nn.init.normal_(module.bias, mean=bias if "cls" in part else 0, std=0 if "reg" in part else spread)
     names = tuple(f"class {number}" for number in range(num_classes))
     config = Config(name, names, tuple(range(num_classes)), (SIZE, SIZE), preprocessing, thresholds)
     write(folder / "checkpoint_000001", pack(config, model, None, Progress(), 1, {}))
@@ -199,8 +201,7 @@ def test_the_command_says_what_it_compared(exported):
     _, path, said = exported
     assert "comparing onnxruntime with PyTorch on 8 images of shapes, as its data is not here" in said
     assert f"model: {path} (" in said
-    assert "detections compared" in said
-    assert "\n0 detections" not in said
+    assert " detections with scores above 0.05 compared: " in said
 
 
 def test_predict_runs_it(exported, shapes):
@@ -230,13 +231,41 @@ def test_the_file_says_what_it_is(exported):
     assert about["raydet_version"] == raydet.__version__
 
 
-def test_what_detects_something_else_is_not_written(exported, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def unsure(tmp_path_factory):
+    """A checkpoint that detects nothing with a score above its own threshold."""
+    folder = tmp_path_factory.mktemp("unsure")
+    return made(folder, "yolox_n", Eval(score=0.05), num_classes=5, bias=-6.0, spread=0.01)
+
+
+@pytest.mark.parametrize("fixture", ["exported", "unsure"])
+def test_what_detects_something_else_is_not_written(fixture, request, tmp_path, monkeypatch):
     """Half the pixels' values: a preprocessing that went wrong on the way."""
+    given = request.getfixturevalue(fixture)
     right = onnx_models.Exported.forward
     monkeypatch.setattr(onnx_models.Exported, "forward", lambda self, images: right(self, images // 2))
     with pytest.raises(RaydetError, match="not written, as onnxruntime detects something else than PyTorch"):
-        export(exported[0], tmp_path / "model.onnx", say=lambda text: None)
+        export(given[0] if fixture == "exported" else given, tmp_path / "model.onnx", say=lambda text: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(unsure, tmp_path):
+    said = []
+    written = export(unsure, tmp_path / "model.onnx", say=said.append)
+    assert any(
+        "nothing is detected there with a score above 0.05: comparing what is above 0.00" in line for line in said
+    )
+    assert written.detections > PICTURES
+    assert 0 < written.threshold < 0.05
+    assert raydet.load(written.path).config.thresholds.score == 0.05
+
+
+def test_where_nothing_is_detected_at_any_score_no_comparison_is_claimed(tmp_path):
+    folder = made(tmp_path, "yolox_n", Eval(score=0.05), num_classes=5, bias=-1e4)
+    written = export(folder, say=lambda text: None)
+    assert written.path.is_file()
+    assert written.detections == 0
+    assert str(written).startswith("nothing was compared: neither onnxruntime nor PyTorch detects anything")
 
 
 @pytest.mark.parametrize(

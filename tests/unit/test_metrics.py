@@ -14,7 +14,7 @@ from raydet import matching, measures
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, RECALLS, TWELVE, CocoEvaluation
+from raydet.evaluation import IOUS, RECALLS, TWELVE, CocoEvaluation, beyond, metric_names, twelve_names
 from raydet.matching import Boxes, average_precision, match, operating
 
 CATEGORIES = (2, 5, 9)
@@ -51,7 +51,7 @@ def random_set(seed, false_alarms=4):
     return index, detections
 
 
-def official(index, detections, top_k=None):
+def official(index, detections, top_k=None, max_dets=(1, 10, 100)):
     """The COCO API's twelve numbers; and by IoU threshold, for each of the best `top_k` detections of an image and
     class: its image, label and score, whether it is right, and whether it is ignored."""
     annotations, results = [], []
@@ -83,8 +83,7 @@ def official(index, detections, top_k=None):
         }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        if top_k is not None:
-            evaluation.params.maxDets = [top_k]
+        evaluation.params.maxDets = list(max_dets) if top_k is None else [top_k]
         evaluation.evaluate()
         matched = [[] for _ in IOUS]
         for entry in evaluation.evalImgs:
@@ -99,8 +98,24 @@ def official(index, detections, top_k=None):
                 matched[level] += [((row, label, score), bool(r), bool(i)) for score, r, i in kinds]
         if top_k is None:
             evaluation.accumulate()
-            evaluation.summarize()
-    return evaluation.stats, matched
+    return stats_of(evaluation.eval) if top_k is None else None, matched
+
+
+def stats_of(accumulated):
+    """What the COCO API's `summarize` says, which with other numbers of detections than COCO's it does not."""
+
+    def mean(what, iou, area, place):
+        values = accumulated[what][..., area, place]
+        values = values if iou is None else values[iou]
+        return values[values > -1].mean() if (values > -1).any() else -1
+
+    precision = [mean("precision", iou, area, 2) for iou, area in ((None, 0), (0, 0), (5, 0))]
+    precision += [mean("precision", None, area, 2) for area in (1, 2, 3)]
+    return [
+        *precision,
+        *(mean("recall", None, 0, place) for place in range(3)),
+        *(mean("recall", None, area, 2) for area in (1, 2, 3)),
+    ]
 
 
 def index_of(boxes):
@@ -118,16 +133,16 @@ def index_of(boxes):
     )
 
 
-def check(metrics, expected):
-    for name, value in zip(TWELVE, expected, strict=True):
+def check(metrics, expected, names=TWELVE):
+    for name, value in zip(names, expected, strict=True):
         if value == -1:
             assert name not in metrics
         else:
             assert metrics[name] == pytest.approx(value, abs=1e-12), name
 
 
-def evaluated(index, detections):
-    evaluation = CocoEvaluation(index)
+def evaluated(index, detections, max_dets=100):
+    evaluation = CocoEvaluation(index, max_dets)
     evaluation.update(range(len(index)), detections)
     return evaluation
 
@@ -150,6 +165,41 @@ def test_more_than_a_hundred_detections_of_an_image(seed):
     index, detections = random_set(seed, false_alarms=150)
     assert max(map(len, detections)) > 100
     check(evaluated(index, detections).compute(), official(index, detections)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("max_dets", [11, 30, 100, 150])
+def test_as_many_detections_of_a_class_and_image_count_as_max_dets_says(seed, max_dets):
+    index, detections = random_set(seed, false_alarms=400)
+    evaluation = evaluated(index, detections, max_dets)
+    expected = official(index, detections, max_dets=(1, 10, max_dets))[0]
+    check(evaluation.compute(), expected, twelve_names(max_dets))
+    assert set(evaluation.compute()) <= set(metric_names(index, max_dets))
+    other = CocoEvaluation(index)
+    other.merge_bytes([evaluation.to_bytes()])
+    assert other.compute() == evaluation.compute()
+
+
+def test_all_of_150_objects_of_a_class_can_be_found_where_max_dets_lets_them():
+    boxes = [[x, y, x + 4, y + 4] for x in range(0, 75, 5) for y in range(0, 50, 5)]
+    index = index_of(boxes)
+    found = [np.array([[*box, 1 - number / 200, 0] for number, box in enumerate(boxes)])]
+    capped, whole = evaluated(index, found).compute(), evaluated(index, found, 150).compute()
+    assert capped["AR@0.50:0.95_max=100"] == pytest.approx(100 / 150)
+    assert capped["Recall@0.50"] == pytest.approx(100 / 150)
+    assert whole["AR@0.50:0.95_max=150"] == whole["Recall@0.50"] == whole["mAP@0.50:0.95"] == 1
+    assert "AR@0.50:0.95_max=100" not in whole
+
+
+def test_objects_beyond_the_detections_that_count_are_named():
+    crowded = index_of([[x, 0, x + 4, 4] for x in range(30)])
+    assert beyond(crowded, 30, 30) == []
+    assert list(map(str, beyond(crowded, 20, 25))) == [
+        "1 images have more objects of a class than the 20 that AP counts, such as 1.jpg: a 30: "
+        "set eval.max_dets=30, or those beyond count as missed",
+        "1 images have more objects than the 25 detections of an image that are kept, such as 1.jpg: 30: "
+        "set eval.max_detections=30, or those beyond count as missed",
+    ]
 
 
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 100]))
@@ -239,18 +289,18 @@ def test_no_detections_is_zero():
     assert evaluation.compute()["mAP@0.50:0.95"] == 0
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4))
-@example(seed=2707, groups=1)  # crowds only: no pair of group and class has objects
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([11, 100]))
+@example(seed=2707, groups=1, max_dets=100)  # crowds only: no pair of group and class has objects
 @settings(max_examples=100, deadline=None)
-def test_groups_of_images_have_the_metrics_that_each_has_alone(seed, groups):
-    index, detections = random_set(seed)
+def test_groups_of_images_have_the_metrics_that_each_has_alone(seed, groups, max_dets):
+    index, detections = random_set(seed, false_alarms=4 if max_dets == 100 else 60)
     whole = evaluated(index, detections)
-    found = measures.Found(whole.truth, whole.found, index.class_names)
+    found = measures.Found(whole.truth, whole.found, index.class_names, max_dets)
     group = np.random.default_rng(seed).integers(0, groups, len(index))
-    measured = {name: found.measure(name, group) for name in measures.names(index.class_names)}
+    measured = {name: found.measure(name, group) for name in measures.names(index.class_names, max_dets)}
     for number in range(group.max() + 1):
         rows = np.flatnonzero(group == number).tolist()
-        alone = CocoEvaluation(index)
+        alone = CocoEvaluation(index, max_dets)
         alone.update(rows, [detections[row] for row in rows])
         with contextlib.suppress(RaydetError):  # no objects
             expected = alone.compute()

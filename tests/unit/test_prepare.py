@@ -117,6 +117,7 @@ def test_ranks_that_cannot_share_the_batch_get_the_next_smaller_one_and_more_ste
             r"eval.watch: there is no metric map50; did you mean mAP@0.50\? \(known: mAP@0.50:0.95, ",
         ),
         (["eval.watch=best"], r"no metric best \(known: mAP@0.50:0.95, mAP@0.50, mAP@0.75, .*AP@0.50:0.95_{class}\)"),
+        (["eval.watch=AR@0.50:0.95_max=100", "eval.max_dets=300"], "there is no metric AR@0.50:0.95_max=100"),
         (["train.micro_batch_size=4", "loss.obj_loss_fix=true"], "train.micro_batch_size: with loss.obj_loss_fix"),
     ],
 )

@@ -184,6 +184,17 @@ def test_classes_that_are_absent_rare_or_elsewhere_in_another_proportion_are_fou
     assert findings(many([0, 5], 5))["classes without objects"] == ("warning", "train", 1)
 
 
+def test_more_objects_than_an_evaluation_counts_are_found_in_the_validation_split():
+    crowded = index_of(
+        [(0, 0, (x, 0, x + 4, 4), False) for x in range(9)] + [(1, 1, (0, 0, 4, 4), False)], [(99, 9)] * 2
+    )
+    of_a_class = "images have more objects of a class than the 5 that AP counts"
+    of_an_image = "images have more objects than the 7 detections of an image that are kept"
+    found = findings(crowded, crowded, counted=(5, 7))
+    assert found[of_a_class] == found[of_an_image] == ("warning", "val", 1)
+    assert not {of_a_class, of_an_image} & set(findings(crowded, index_of([], [(9, 9)]), counted=(5, 7)))
+
+
 def test_lists_of_classes_that_differ_are_an_error():
     train, val = (index_of([], classes=classes) for classes in (("cat", "dog"), ("dog", "cat", "cow")))
     (found,) = (

@@ -76,6 +76,15 @@ def test_a_setting_s_value_is_what_evaluate_says(weights, given, candidates, set
         assert Search(candidates, objective).value(setting, everything) == pytest.approx(said[objective], abs=1e-12)
 
 
+def test_its_value_counts_as_many_detections_as_eval_max_dets(weights, given, candidates):
+    overrides = [*given["overrides"], *(f"eval.{name}={value}" for name, value in asdict(SETTINGS[1]).items())]
+    overrides += ["eval.max_dets=11", "eval.score=0.001"]
+    said = raydet.evaluate(weights, recipe=given["recipe"], overrides=overrides, debug=True, device="cpu")
+    setting, everything = replace(SETTINGS[1], score=0.001), np.arange(len(candidates))
+    few, many = (Search(candidates, max_dets=most).value(setting, everything) for most in (11, 100))
+    assert few == pytest.approx(said[MAIN_METRIC], abs=1e-12) != pytest.approx(many, abs=1e-12)
+
+
 def test_what_is_better_on_images_held_out_is_kept_and_used(tuned, saved):
     found, said = tuned
     assert found.comparison.winner > found.comparison.default + 0.05, "F1 of detections of any score is low"
