@@ -156,12 +156,16 @@ def _near(
 
 def _overlap(found: Floats, truth: Floats, crowd: Bools) -> Floats:
     """IoU of pairs of boxes xywh [n, 4]; with a crowd the share of the detection that is on it."""
-    right, below = (np.minimum(found[:, k] + found[:, k + 2], truth[:, k] + truth[:, k + 2]) for k in (0, 1))
-    width, height = (np.maximum(side - np.maximum(found[:, k], truth[:, k]), 0) for k, side in ((0, right), (1, below)))
-    shared = width * height
-    area, other = (boxes[:, 2] * boxes[:, 3] for boxes in (found, truth))
-    whole = np.where(crowd, area, area + other - shared)
-    shares: Floats = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    # A model that diverges finds infinite boxes; they overlap with nothing.
+    with np.errstate(invalid="ignore"):
+        right, below = (np.minimum(found[:, k] + found[:, k + 2], truth[:, k] + truth[:, k + 2]) for k in (0, 1))
+        width, height = (
+            np.maximum(side - np.maximum(found[:, k], truth[:, k]), 0) for k, side in ((0, right), (1, below))
+        )
+        shared = width * height
+        area, other = (boxes[:, 2] * boxes[:, 3] for boxes in (found, truth))
+        whole = np.where(crowd, area, area + other - shared)
+        shares: Floats = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
     return shares
 
 

@@ -97,8 +97,9 @@ def test_onnxruntime_finds_what_pytorch_does(name, form, pictures, shared, tmp_p
     for found in theirs.values():
         pairs = list(zip(ours, found, strict=True))
         assert len(pairs) == PICTURES
-        # Where two boxes overlap by just the IoU threshold, the last bit decides: once in a thousand it may.
-        assert sum(missing(*pair, thresholds) for pair in pairs) <= sum(map(len, ours)) / 1000
+        # Where two boxes overlap by just the IoU threshold, the last bit decides. YOLO-NAS that has learnt nothing
+        # makes the most of rounding: with one thread 5 of 1600 are others, with two threads 1.
+        assert sum(missing(*pair, thresholds) for pair in pairs) <= sum(map(len, ours)) / 200
 
 
 class Told(nn.Module):
