@@ -28,8 +28,8 @@ import torch  # noqa: E402
 
 from raydet.boxes import xywh_to_xyxy  # noqa: E402
 from raydet.data.index import make_index  # noqa: E402
-from raydet.evaluation import MAIN_METRIC, TWELVE, CocoEvaluation  # noqa: E402
-from raydet.measures import Found  # noqa: E402
+from raydet.evaluation.coco import MAIN_METRIC, TWELVE, CocoEvaluation  # noqa: E402
+from raydet.evaluation.measures import Found  # noqa: E402
 from raydet.metrics import DetectionMetrics  # noqa: E402
 
 CLASSES, BATCH, SIDE = 80, 32, 640

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raydet.anchors import anchor_cells
 from raydet.boxes import cxcywh_to_xyxy
+from raydet.outputs import anchor_cells
 from raydet.postprocess import (
     PostPrediction,
     PPYoloEPostPredictionCallback,

@@ -24,10 +24,9 @@ import numpy.typing as npt
 
 from raydet.data.formats import load_index
 from raydet.data.index import Index
-from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import decode, letterbox
 from raydet.data.samples import Samples
-from raydet.data.transforms import HSV, HorizontalFlip, Letterbox, RandomAffine
+from raydet.data.transforms import HSV, HorizontalFlip, Letterbox, Mixup, Mosaic, RandomAffine
 from raydet.recipe import Data
 
 Array = npt.NDArray[Any]

@@ -33,10 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 import raydet
 from raydet.data.batch import local_train_batches
 from raydet.data.formats import load_index
+from raydet.data.pipeline import train_samples
 from raydet.data.synthetic import make_dataset
 from raydet.recipe import Recipe, load
 from raydet.training.optimization import make_optimizer
-from raydet.training.prepare import make_job, train_samples
+from raydet.training.prepare import make_job
 
 BATCHES_IN_MEMORY = 4
 WARM_UP = 3  # steps

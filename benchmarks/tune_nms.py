@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from raydet.data.index import Index, make_index
-from raydet.evaluation import detected
+from raydet.evaluation.coco import detected
 from raydet.postprocess import PostPrediction
 from raydet.tuning.candidates import CandidateSet
 from raydet.tuning.thresholds import Search, Setting, groups

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from raydet.api import evaluate, train
+    from raydet.predict.predictor import load
+    from raydet.tuning.sweep import tune
+
 __version__ = "0.1.0"
 __all__ = ["evaluate", "load", "train", "tune"]
 
-if TYPE_CHECKING:
-    from raydet.predict import load
-    from raydet.training.launch import evaluate, train
-    from raydet.tuning.sweep import tune
-
 _HOMES = {
-    "train": "raydet.training.launch",
-    "evaluate": "raydet.training.launch",
-    "load": "raydet.predict",
+    "train": "raydet.api",
+    "evaluate": "raydet.api",
+    "load": "raydet.predict.predictor",
     "tune": "raydet.tuning.sweep",
 }
 

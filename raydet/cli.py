@@ -77,17 +77,17 @@ def train(
 
     Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
     """
+    from raydet.api import train as start
     from raydet.data.formats import load_index
     from raydet.data.problems import Problems
-    from raydet.data.store import is_uri
-    from raydet.mirror import opened
     from raydet.plugins import is_own
     from raydet.recipe import load
-    from raydet.report import report as report_of_run
-    from raydet.training.checkpoint import build
-    from raydet.training.display import summary
-    from raydet.training.launch import train as start
-    from raydet.training.pictures import draw_validation
+    from raydet.reports.run import draw_validation
+    from raydet.reports.run import report as report_of_run
+    from raydet.reports.terminal import summary
+    from raydet.runs.checkpoint import build
+    from raydet.runs.mirror import opened
+    from raydet.store import is_uri
 
     _check_device(device, debug)
     live = sys.stdout.isatty() and not verbose
@@ -139,7 +139,7 @@ def evaluate(
 
     Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco --out yolox_s
     """
-    from raydet.training.launch import evaluate as run
+    from raydet.api import evaluate as run
 
     _check_device(device, debug)
     out = out or (Path(checkpoint) if Path(checkpoint).is_dir() else Path()) / "evaluation"
@@ -262,8 +262,8 @@ def plot(
 
     Example: raydet plot runs/demo
     """
-    from raydet.mirror import opened
-    from raydet.plot import plot as draw
+    from raydet.reports.curves import plot as draw
+    from raydet.runs.mirror import opened
 
     with opened(run, weights=False) as folder:
         say(f"picture: {draw(folder, out)}")
@@ -278,8 +278,8 @@ def report(
 
     Example: raydet report runs/demo
     """
-    from raydet.mirror import opened
-    from raydet.report import report as write
+    from raydet.reports.run import report as write
+    from raydet.runs.mirror import opened
 
     with opened(run, weights=False) as folder:
         say(f"report: {write(folder, out)}")
@@ -309,8 +309,8 @@ def predict(
 
     Example: raydet predict runs/demo photos/ --score 0.4
     """
-    from raydet.predict import load, shown_score
-    from raydet.predictions import open_target, save
+    from raydet.predict.predictor import load, shown_score
+    from raydet.predict.save import open_target, save
 
     target = open_target(source, out, max_pixels)
     predictor = load(checkpoint, device, trust_code=trust_code)
@@ -351,7 +351,7 @@ def batch_predict(
 
     Example: raydet batch-predict runs/demo s3://bucket/photos s3://bucket/found --format coco
     """
-    from raydet.batch_predict import batch_predict as run
+    from raydet.predict.on_ray import batch_predict as run
 
     summary = run(
         checkpoint,
@@ -393,7 +393,7 @@ def export(
 
     Example: raydet export runs/demo --score 0.25 && raydet predict runs/demo/checkpoint_000012/model.onnx photos/
     """
-    from raydet.export import export as run
+    from raydet.predict.export import export as run
 
     if form != "onnx":
         raise RaydetError(f"--format {form}: it is onnx")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from raydet.data.batch import Batch
     from raydet.data.index import Index
-    from raydet.data.report import Report
     from raydet.recipe import Recipe
+    from raydet.reports.inspect import Report
 
 TOP_FINDINGS = 10  # that `inspect` prints
 
@@ -56,10 +56,10 @@ def inspect(
 
     from raydet.data.formats import load_index
     from raydet.data.problems import Problems
-    from raydet.data.report import decode_all
-    from raydet.data.report import inspect as look
-    from raydet.data.report_page import render
-    from raydet.data.store import Store
+    from raydet.reports.inspect import decode_all
+    from raydet.reports.inspect import inspect as look
+    from raydet.reports.inspect_page import render
+    from raydet.store import Store
 
     every_problem = ["data.on_error=skip", f"data.max_errors={sys.maxsize}"]
     settings = _recipe_of(data, [*every_problem, *(overrides or ())], recipe)
@@ -119,7 +119,7 @@ def ingest(
 
     Example: raydet ingest coco2017_yolox_s s3://bucket/coco data.root=/data/coco
     """
-    from raydet.data.ingest import ingest as run
+    from raydet.data.shards import ingest as run
 
     run(
         _recipe_of(data, overrides or ()).data,
@@ -158,8 +158,8 @@ def recipes(
 
 def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -> Recipe:
     """Return the recipe whose data section says what a folder, its URI or a recipe means; a folder's has no name."""
-    from raydet.data.store import is_uri
     from raydet.recipe import Recipe, load, override, shipped
+    from raydet.store import is_uri
 
     if is_uri(data) or Path(data).expanduser().is_dir():
         return load(recipe or Recipe(), [override("data.root", data), *overrides])
@@ -171,11 +171,11 @@ def _recipe_of(data: str, overrides: Sequence[str], recipe: str | None = None) -
 def _augmented(settings: Recipe, index: Index) -> Batch | None:
     """Return the first training samples as the model will get them; None, and the reason said, if none can be made."""
     from raydet.data.batch import local_train_batches
-    from raydet.data.report import SHOWN
+    from raydet.data.pipeline import train_samples
     from raydet.models import family_of
     from raydet.plugins import is_own
-    from raydet.training.checkpoint import build
-    from raydet.training.prepare import train_samples
+    from raydet.reports.inspect import SHOWN
+    from raydet.runs.checkpoint import build
 
     try:
         name = settings.model.name
@@ -193,7 +193,7 @@ def _summarise(report: Report) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from raydet.data.report_page import overview
+    from raydet.reports.inspect_page import overview
 
     def plain(
         text: str, style: str = ""

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from raydet.data.store import is_uri
 from raydet.errors import RaydetError
 from raydet.recipe import Scale
+from raydet.store import is_uri
 
 _ANSWER_S = 10.0  # for a cluster to answer; Ray would try for many minutes
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from raydet.errors import RaydetError
 
@@ -44,3 +46,30 @@ def memory_suffices(what: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         detail = str(error).partition(". ")[0]
         raise RaydetError(f"the memory of the GPU does not hold {what}: {remedy} ({detail})") from None
+
+
+def agreed(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any] | None:
+    """Return every rank's value on rank 0, None elsewhere."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def everyone(value: Any) -> list[Any]:
+    """Return every rank's value, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

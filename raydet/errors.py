@@ -1,6 +1,6 @@
 """Errors that are the user's to mend: the command line prints them as one line and exits with 2."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -13,6 +13,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_letters = {entry.lower(): entry for entry in known}
     near = get_close_matches(word.lower(), by_letters, n=1, cutoff=0.5)
     return f"; did you mean {by_letters[near[0]]}?" if near else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first four names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def first_line(error: BaseException) -> str:

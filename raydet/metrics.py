@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.errors import RaydetError
-from raydet.evaluation import BEST_THRESHOLD, RECALLS, check_truth, class_means, coco_eval, detected, twelve
-from raydet.matching import Boxes, match, operating
+from raydet.evaluation.coco import BEST_THRESHOLD, RECALLS, check_truth, class_means, coco_eval, detected, twelve
+from raydet.evaluation.matching import Boxes, match, operating
 
 
 class DetectionMetrics:

@@ -6,9 +6,11 @@ the names of both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 YOLOX, PPYOLOE, SSD = "YOLOX", "PP-YOLOE or YOLO-NAS", "SSD"
@@ -103,3 +105,97 @@ def _is_traced(outputs: Any) -> bool:
 def _is_decoded(outputs: Any) -> bool:
     """In evaluation mode each family returns (decoded, raw outputs), and raw outputs are several tensors."""
     return isinstance(outputs, Sequence) and len(outputs) == 2 and isinstance(outputs[1], list | tuple)
+
+
+# SSD's default boxes (Liu et al., 2016) as SuperGradients sets them for 320 pixels: a side each level and the one after
+# the last, as a share of the image, and aspect ratios beside 1. Offsets from them are in units of these variances.
+SSD_SCALES = tuple(side / 320 for side in (32, 82, 133, 184, 235, 285, 336))
+SSD_ASPECTS = (2, 3)
+SSD_VARIANCES = (0.1, 0.2)
+
+
+def anchor_cells(
+    sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return each cell's column and row [A, 2] and its level's stride in pixels [A, 1], row by row.
+
+    Args:
+        sizes: (height, width) of each level in cells.
+        strides: of each level in pixels.
+        device: of the result.
+    """
+    cells, steps = [], []
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        row, column = torch.meshgrid(
+            torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+        )
+        cells.append(torch.stack((column, row), dim=-1).reshape(-1, 2))
+        steps.append(torch.full((height * width, 1), float(stride), device=device))
+    return torch.cat(cells).float(), torch.cat(steps)
+
+
+def decode_yolox(raw: Tensor, cells: Tensor, strides: Tensor) -> Tensor:
+    """YOLOX's raw boxes [..., A, 4] → cx, cy, w, h in pixels: an offset from the cell, and the size's logarithm."""
+    return torch.cat(((raw[..., :2] + cells) * strides, raw[..., 2:].exp() * strides), dim=-1)
+
+
+def decode_dfl(raw: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+    """Distributions over distances [..., A, 4 · bins] → xyxy in pixels (Li et al., Generalized Focal Loss, 2020).
+
+    The distance to each side is the mean of a softmax over 0, 1, … strides; `points` are [A, 2] in pixels.
+    """
+    bins = raw.shape[-1] // 4
+    distribution = raw.float().reshape(*raw.shape[:-1], 4, bins).softmax(-1)
+    # No matrix product: autocast would make it in half precision.
+    distances = (distribution * torch.arange(bins, device=raw.device)).sum(-1) * strides
+    return torch.cat((points - distances[..., :2], points + distances[..., 2:]), dim=-1)
+
+
+def ssd_map_sizes(image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return (height, width) in cells of SSD's six maps: strides 16 and 32, then half and half again, rounded up."""
+    sides = [[-(-side // 16)] for side in image_size]
+    for side in sides:
+        for _ in SSD_SCALES[2:]:
+            side.append(-(-side[-1] // 2))
+    return list(zip(*sides, strict=True))
+
+
+def ssd_default_boxes(image_size: tuple[int, int]) -> Tensor:
+    """Return SSD's default boxes [A, 4] = cx, cy, w, h in shares of the image's width and height, clipped to it.
+
+    A cell has squares of its level's side and of the mean with the next level's, and a box for each aspect ratio and
+    its inverse. Order: level, shape, row, column. An image that is not square gets boxes with the pixels of a square
+    one of the same area.
+    """
+    side = math.sqrt(image_size[0] * image_size[1])
+    boxes = []
+    for level, (rows, columns) in enumerate(ssd_map_sizes(image_size)):
+        scale, mean = SSD_SCALES[level], math.sqrt(SSD_SCALES[level] * SSD_SCALES[level + 1])
+        shapes = [(scale, scale), (mean, mean)]
+        for aspect in SSD_ASPECTS:
+            wide, high = scale * math.sqrt(aspect), scale / math.sqrt(aspect)
+            shapes += [(wide, high), (high, wide)]
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        centres = torch.stack(((column + 0.5) / columns, (row + 0.5) / rows), dim=-1).reshape(-1, 2)
+        for width, height in shapes:
+            size = torch.tensor([width * side / image_size[1], height * side / image_size[0]])
+            boxes.append(torch.cat((centres, size.expand_as(centres)), dim=1))
+    return torch.cat(boxes).clamp(0, 1)
+
+
+def decode_ssd(raw: Tensor, default_boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """SSD's raw boxes [B, A, 4] → cx, cy, w, h in pixels of images of (height, width); default boxes as above."""
+    centres = default_boxes[:, :2] + raw[..., :2] * SSD_VARIANCES[0] * default_boxes[:, 2:]
+    sizes = default_boxes[:, 2:] * (raw[..., 2:] * SSD_VARIANCES[1]).exp()
+    pixels = torch.cat((centres, sizes), dim=-1)
+    height, width = image_size
+    pixels[..., 0::2] *= width
+    pixels[..., 1::2] *= height
+    return pixels
+
+
+def encode_ssd(boxes: Tensor, default_boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] = cx, cy, w, h in shares of the image → the raw boxes that decode to them; finite for no size."""
+    centres = (boxes[..., :2] - default_boxes[..., :2]) / default_boxes[..., 2:] / SSD_VARIANCES[0]
+    sizes = (boxes[..., 2:].clamp(min=1e-6) / default_boxes[..., 2:]).log() / SSD_VARIANCES[1]
+    return torch.cat((centres, sizes), dim=-1)

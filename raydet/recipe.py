@@ -574,28 +574,6 @@ class Recipe(Section):
             raise ValueError("scale.async_validation needs a storage that all nodes share as a folder")
         return self
 
-    @property
-    def run_address(self) -> str | None:
-        """Address of the run's folder in an object store; None: it is a folder here."""
-        from raydet.data.store import Store, is_uri
-
-        return Store(self.storage).path(self.name) if is_uri(self.storage) else None
-
-    @property
-    def run_folder(self) -> Path:
-        """Absolute path of the run's folder, or of this machine's copy of it.
-
-        Raises:
-            RaydetError: the run has no name.
-        """
-        from raydet.mirror import local_folder
-
-        if not self.name:
-            raise RaydetError("name is empty: the run needs one, which its folder gets")
-        if (address := self.run_address) is not None:
-            return local_folder(address)
-        return Path(self.storage).expanduser().resolve() / self.name
-
 
 def shipped() -> dict[str, Path]:
     """Return the recipes that come with raydet: name → file."""

@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import cxcywh_to_xyxy
-from raydet.data.render import letterbox
+from raydet.boxes import cxcywh_to_xyxy, place
 from raydet.errors import RaydetError
 
 logger = logging.getLogger(__name__)
@@ -344,7 +343,7 @@ def write_video(
                 if not writer.isOpened():
                     raise RaydetError(f"{path}: the video cannot be written")
             is_other = frame.shape[:2] != (height, width)
-            fitted = letterbox(frame, (height, width), "pad_centre") if is_other else frame
+            fitted = _fitted(frame, height, width) if is_other else frame
             writer.write(cv2.copyMakeBorder(fitted, 0, odd[0], 0, odd[1], cv2.BORDER_REPLICATE))
             count, others = count + 1, others + is_other
         if writer is None:
@@ -361,6 +360,17 @@ def write_video(
             writer.release()
         partial.unlink(missing_ok=True)
     return count
+
+
+def _fitted(frame: Array, height: int, width: int) -> Array:
+    """Return a frame scaled into another size, in the middle."""
+    canvas, to = (
+        np.zeros((height, width, 3), np.uint8),
+        place(frame.shape[1], frame.shape[0], (height, width), "pad_centre"),
+    )
+    inside = canvas[to.top : to.top + to.height, to.left : to.left + to.width]
+    cv2.resize(frame, (to.width, to.height), dst=inside, interpolation=cv2.INTER_AREA)
+    return canvas
 
 
 def _array(values: Any) -> Array:

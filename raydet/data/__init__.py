@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from raydet.data.index import Index
+    from raydet.data.own import COCODetectionDataset, DetectionDataset, TargetFormat, index_of_records, register_dataset
+    from raydet.data.pipeline import loader
+    from raydet.data.transforms import Sample
+
 __all__ = [
     "COCODetectionDataset",
     "DetectionDataset",
@@ -15,21 +21,7 @@ __all__ = [
     "register_dataset",
 ]
 
-if TYPE_CHECKING:
-    from raydet.data.dataset import COCODetectionDataset, DetectionDataset, register_dataset
-    from raydet.data.index import Index
-    from raydet.data.loaders import loader
-    from raydet.data.records import index_of_records
-    from raydet.data.target_format import TargetFormat
-    from raydet.data.transforms import Sample
-
-_HOMES = {
-    "Index": "index",
-    "Sample": "transforms",
-    "TargetFormat": "target_format",
-    "index_of_records": "records",
-    "loader": "loaders",
-}
+_HOMES = {"Index": "index", "Sample": "transforms", "loader": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,4 +30,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'raydet.data' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"raydet.data.{_HOMES.get(name, 'dataset')}"), name)
+    return getattr(import_module(f"raydet.data.{_HOMES.get(name, 'own')}"), name)

@@ -13,8 +13,8 @@ from typing import Any
 
 from raydet.data.index import Index
 from raydet.data.problems import Notice, Problems
-from raydet.data.store import Store
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from raydet.data.index import Array, Index, make_index
 from raydet.data.json_lists import read_lists
 from raydet.data.problems import Problems, refuse_shares
 from raydet.data.scan import counted, present
-from raydet.data.store import Store, inside
 from raydet.errors import RaydetError
+from raydet.store import Store, inside
 
 # Polygons are most of a file and of the time to parse it, and nothing here uses them. What looks like their key is it:
 # within a JSON string the quotes would be escaped. What follows shows that one is whole.

@@ -14,15 +14,15 @@ import numpy as np
 
 from raydet.data.cache import cached
 from raydet.data.coco import load_coco
-from raydet.data.dataset import BUILT_IN, find_dataset, load_own
 from raydet.data.header import check_pixels
 from raydet.data.index import Index
+from raydet.data.own import BUILT_IN, find_dataset, load_own
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.data.voc import load_voc
 from raydet.data.yolo import load_yolo
 from raydet.errors import RaydetError
 from raydet.plugins import accepts
+from raydet.store import Store
 
 if TYPE_CHECKING:
     from raydet.recipe import Data

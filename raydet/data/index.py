@@ -15,9 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydet.data.parquet import read_parquet
-from raydet.data.store import store
 from raydet.errors import RaydetError, did_you_mean
+from raydet.store import read_parquet, store
 
 Array = npt.NDArray[Any]
 

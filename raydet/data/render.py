@@ -18,9 +18,9 @@ import numpy.typing as npt
 from raydet.boxes import Resize, place
 from raydet.data.header import MAX_PIXELS, check_pixels, stored_size
 from raydet.data.index import Index
-from raydet.data.store import store
 from raydet.data.transforms import PAD_VALUE, Picture, Tile
 from raydet.errors import RaydetError
+from raydet.store import store
 
 Array = npt.NDArray[Any]
 

@@ -21,9 +21,8 @@ import pyarrow as pa
 
 from raydet.boxes import clip
 from raydet.data.index import Index
-from raydet.data.mosaic import Composition
 from raydet.data.render import Renderer, Sources
-from raydet.data.transforms import Picture, Sample, SampleTransform, Transform, sanitise
+from raydet.data.transforms import Composition, Picture, Sample, SampleTransform, Transform, sanitise
 from raydet.errors import RaydetError
 
 Array = npt.NDArray[Any]

@@ -11,8 +11,8 @@ from itertools import chain
 from typing import TypeVar
 
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def legible(text: str) -> str:
 def list_images(store: Store, folder: str, problems: Problems) -> dict[str, int]:
     """List the images in a folder and in those below it, sorted: path below the folder → size in bytes.
 
-    What is hidden is left out, see `raydet.data.store.is_hidden`.
+    What is hidden is left out, see `raydet.store.is_hidden`.
 
     Args:
         store: where it is.

@@ -13,8 +13,8 @@ import numpy as np
 from raydet.data.index import Array, Index, index_of_images
 from raydet.data.problems import Problems, refuse_shares
 from raydet.data.scan import counted, each, image_sizes, legible, list_images
-from raydet.data.store import Store, check_encoding, inside
 from raydet.errors import RaydetError, did_you_mean
+from raydet.store import Store, check_encoding, inside
 
 Difficult = Literal["keep", "ignore", "drop"]
 

@@ -16,8 +16,8 @@ from raydet.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from raydet.data.index import Array, Index, index_of_images
 from raydet.data.problems import Problems
 from raydet.data.scan import counted, each, image_sizes, is_image, legible, list_images, present
-from raydet.data.store import Store, is_hidden
 from raydet.errors import RaydetError
+from raydet.store import Store, is_hidden
 
 TOLERANCE = 1e-3  # how far coordinates of 0 to 1 may lie outside by rounding
 

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raydet.anchors import decode_dfl
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
 from raydet.losses.assignment import Assignment, Best, Rows, assign_once, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
-from raydet.outputs import PPYOLOE, DFLOutput, raw_of
+from raydet.outputs import PPYOLOE, DFLOutput, decode_dfl, raw_of
 
 # Constants of the two papers.
 _ATSS_POINTS_A_LEVEL = 9

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raydet.anchors import encode_ssd
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.losses.assignment import Best, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
-from raydet.outputs import SSD, raw_of
+from raydet.outputs import SSD, encode_ssd, raw_of
 
 
 class SSDLoss(DetectionLoss):

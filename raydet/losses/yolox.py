@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raydet.anchors import anchor_cells, decode_yolox
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
 from raydet.losses.assignment import Assignment, Best, Rows, assign_once, first_of, overlaps, parts
 from raydet.losses.base import DetectionLoss, Terms
-from raydet.outputs import YOLOX, raw_of, shapes
+from raydet.outputs import YOLOX, anchor_cells, decode_yolox, raw_of, shapes
 
 # Constants of the paper's assignment.
 _TOP_IOUS = 10

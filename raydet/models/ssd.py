@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydet.anchors import SSD_ASPECTS, decode_ssd, ssd_default_boxes
 from raydet.losses import SSDLoss
 from raydet.models.blocks import Conv
 from raydet.models.family import Adapter, Detector, Family, Preprocessing
+from raydet.outputs import SSD_ASPECTS, decode_ssd, ssd_default_boxes
 from raydet.postprocess import SSDPostPredictCallback
 
 _SHAPES = 2 + 2 * len(SSD_ASPECTS)  # default boxes of a cell

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raydet.losses import PPYoloELoss
-from raydet.models.blocks import SPP, Conv, QARepVGG
-from raydet.models.dfl import PRIOR_LOGIT, REG_MAX, decode, dfl_output
+from raydet.models.blocks import PRIOR_LOGIT, REG_MAX, SPP, Conv, QARepVGG, decode, dfl_output
 from raydet.models.family import Adapter, Detector, Family, Preprocessing
 from raydet.postprocess import PPYoloEPostPredictionCallback
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydet.anchors import anchor_cells, decode_yolox
 from raydet.losses import YoloXDetectionLoss, YoloXFastDetectionLoss
-from raydet.models.blocks import SPP, Conv, CSPLayer, DepthwiseConv
-from raydet.models.dfl import PRIOR_LOGIT
+from raydet.models.blocks import PRIOR_LOGIT, SPP, Conv, CSPLayer, DepthwiseConv
 from raydet.models.family import Adapter, Detector, Family, Preprocessing
+from raydet.outputs import anchor_cells, decode_yolox
 from raydet.postprocess import YoloXPostPredictionCallback
 
 STRIDES = (8, 16, 32)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from raydet.recipe import Recipe
+from raydet.runs.log import RunLog, Tracker
 from raydet.tracking.tensorboard import TensorBoardRun
 from raydet.tracking.weights_and_biases import WandbRun
-from raydet.training.run import Job, RunLog, Tracker
 
 
 @contextmanager
-def tracked(job: Job, log: RunLog, rank: int) -> Iterator[None]:
+def tracked(recipe: Recipe, folder: Path, log: RunLog, rank: int) -> Iterator[None]:
     """Send what a training logs within to Weights & Biases and TensorBoard too, as the recipe has it."""
-    track, trackers = job.recipe.track, list[Tracker]()
+    track, trackers = recipe.track, list[Tracker]()
     if rank == 0 and track.wandb:
-        trackers.append(WandbRun(job.recipe, job.folder, log.say))
+        trackers.append(WandbRun(recipe, folder, log.say))
     if rank == 0 and track.tensorboard:
-        trackers.append(TensorBoardRun(job.folder, log.say))
+        trackers.append(TensorBoardRun(folder, log.say))
     log.trackers = trackers
     failed = True
     try:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from raydet.plot import plot
 from raydet.recipe import Recipe
-from raydet.training import checkpoint
+from raydet.reports.curves import plot
+from raydet.runs import checkpoint
 from raydet.visualization import Array, Shown
 
 _ID = "wandb_id"  # file in the run's folder

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from raydet.data.batch import Batch
+from raydet.devices import agreed
 from raydet.errors import RaydetError, first_line, user_error
-from raydet.mirror import STOP
-from raydet.training import checkpoint
-from raydet.training.checkpoint import Progress
+from raydet.runs import checkpoint
+from raydet.runs.checkpoint import Progress
+from raydet.runs.folder import STOP
+from raydet.runs.log import RunLog
+from raydet.training.job import Job, Validated, Validation, World
 from raydet.training.meter import validation_line
-from raydet.training.run import Job, RunLog, Validated, Validation, World, agreed
 from raydet.training.step import Outcome
 
 _LOOK_EVERY_S = 0.2

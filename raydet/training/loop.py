@@ -15,18 +15,20 @@ from torch.nn import functional
 
 from raydet.data.batch import Batch
 from raydet.data.problems import Problems
+from raydet.devices import agreed
 from raydet.losses.base import DetectionLoss
 from raydet.models import Preprocessing
-from raydet.tracking.pictures import TrainPictures, ValPictures
-from raydet.training import checkpoint
-from raydet.training.checkpoint import Progress
-from raydet.training.evaluate import evaluate, metrics_of, post_prediction
+from raydet.predict.predictor import post_prediction
+from raydet.runs import checkpoint
+from raydet.runs.checkpoint import Progress
+from raydet.runs.log import RunLog
+from raydet.training.extremes import TrainPictures, ValPictures
+from raydet.training.job import Job, World, noting_errors
 from raydet.training.keeper import Keeper
 from raydet.training.meter import Meter, opening, validation_line
 from raydet.training.optimization import EMA, Schedule, freeze, make_optimizer, train_mode
-from raydet.training.run import Job, RunLog, World, agreed, noting_errors
 from raydet.training.step import Step
-from raydet.tuning.candidates import collect
+from raydet.training.validation import evaluate, metrics_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def train_loop(job: Job, world: World, log: RunLog) -> Ended:  # noqa: PLR0912 -
     interrupted = False
     left = 0 if ended else job.steps_left(state.position, batch_size)
     stream = world.train_batches(state.position, state.position + left * batch_size)
-    for batch in meter.waiting(_noting(stream, job, world)):
+    for batch in meter.waiting(noting(stream, job, world)):
         # Whatever a model draws at random is a function of (seed, position, rank), so that a restart repeats it.
         torch.manual_seed(hash((recipe.seed, state.position, world.rank)))
         planned = state.position / settings.batch_size  # steps, of the recipe's batch size
@@ -163,17 +165,12 @@ def resized(images: Tensor, targets: Tensor, size: tuple[int, int]) -> tuple[Ten
 
 
 def evaluation_loop(job: Job, world: World, log: RunLog) -> bytes | None:
-    """Detect with the job's model in its validation images; see `raydet.training.evaluate.evaluate`."""
-    return _detect(_on_device(job, world), world.val_batches()(), job, world, log)
+    """Detect with the job's model in its validation images; see `raydet.training.validation.evaluate`."""
+    return _detect(on_device(job, world), world.val_batches()(), job, world, log)
 
 
-def candidates_loop(job: Job, world: World, log: RunLog) -> None:
-    """Keep the candidates of the job's model in its validation images; see `raydet.tuning.candidates.collect`."""
-    say = log.say if world.rank == 0 else _nothing
-    collect(_on_device(job, world), _noting(world.val_batches()(), job, world), job, world.rank, world.device, say)
-
-
-def _on_device(job: Job, world: World) -> nn.Module:
+def on_device(job: Job, world: World) -> nn.Module:
+    """Return the model on the device of this rank, in evaluation mode."""
     model: nn.Module = job.model.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return model
 
@@ -184,7 +181,8 @@ def _prepared(
     return resized(preprocessing(images), targets, size)
 
 
-def _noting(batches: Iterator[Batch], job: Job, world: World) -> Iterator[Batch]:
+def noting(batches: Iterator[Batch], job: Job, world: World) -> Iterator[Batch]:
+    """Pass batches on; see `raydet.training.job.noting_errors`."""
     return noting_errors(batches, Problems(job.recipe.data.on_error, job.recipe.data.max_errors), world.beat)
 
 
@@ -196,8 +194,8 @@ def _detect(
     log: RunLog,
     pictures: ValPictures | None = None,
 ) -> bytes | None:
-    say = log.say if world.rank == 0 else _nothing
-    batches = _noting(batches, job, world)
+    say = log.say if world.rank == 0 else nothing
+    batches = noting(batches, job, world)
     return evaluate(
         model,
         batches,
@@ -234,7 +232,7 @@ def _validate_average(
     return metrics
 
 
-def _nothing(text: str) -> Any:
+def nothing(text: str) -> Any:
     """Say nothing: only rank 0 does."""
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from raydet.data.batch import Batch
-from raydet.evaluation import MAIN_METRIC
-from raydet.training.checkpoint import Progress
+from raydet.evaluation.coco import MAIN_METRIC
+from raydet.runs.checkpoint import Progress
+from raydet.training.job import Job, World
 from raydet.training.optimization import Schedule
-from raydet.training.run import Job, World
 from raydet.training.step import Outcome
 
 

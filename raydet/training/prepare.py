@@ -2,100 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from raydet import losses, models
-from raydet.boxes import Resize
 from raydet.data.index import Index
-from raydet.data.mosaic import Composition, Mixup, Mosaic
-from raydet.data.samples import Samples
-from raydet.data.transforms import (
-    HSV,
-    ChannelSwap,
-    HorizontalFlip,
-    Letterbox,
-    RandomAffine,
-    Rotate90,
-    SampleTransform,
-    Transform,
-    VerticalFlip,
-)
-from raydet.errors import RaydetError, did_you_mean
-from raydet.evaluation import MAIN_METRIC, CocoEvaluation, metric_names
+from raydet.errors import RaydetError, did_you_mean, some
+from raydet.evaluation.coco import MAIN_METRIC, CocoEvaluation, metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
-from raydet.recipe import Eval, OwnTransform, Recipe, describe, differences, keys_given
-from raydet.recipe import load as load_recipe
-from raydet.tracking.pictures import check_pictures
-from raydet.training.checkpoint import Config, build, find, read_json
-from raydet.training.norms import check_norms
-from raydet.training.run import Job
-
-
-def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
-    """Return the training stream's samples.
-
-    Raises:
-        RaydetError: a transform of the user's own cannot be made.
-    """
-    size, data, augment = recipe.data.image_size, recipe.data, recipe.augment
-    if augment.rotate90 and size[0] != size[1]:
-        raise RaydetError(f"augment.rotate90 needs a square data.image_size, not {size[0]}x{size[1]}")
-    alone = Letterbox(size, resize)
-    flips: tuple[Transform, ...] = (
-        HorizontalFlip(augment.horizontal_flip),
-        VerticalFlip(augment.vertical_flip),
-        Rotate90(augment.rotate90),
-    )
-    colours: tuple[Transform, ...] = (
-        HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
-        ChannelSwap(augment.channel_swap),
-    )
-    affine = RandomAffine(size, augment.degrees, augment.translate, augment.scale, augment.shear)
-    mixup = Mixup(augment.mixup, size, augment.mixup_scale)
-    transforms: list[Transform | Composition]
-    if augment.mosaic:
-        transforms = [Mosaic(augment.mosaic, alone), affine, mixup, *flips]
-    else:  # flips first: the padding stays on the side where validation has it
-        transforms = [*flips, alone, *([affine] if affine != RandomAffine(size) else []), mixup]
-    return Samples(
-        index,
-        (*transforms, *colours),
-        size,
-        data.chunk_size,
-        recipe.seed,
-        close_at=(recipe.train.epochs - augment.close_epochs) * len(index) if augment.close_epochs else None,
-        closed=(*flips, alone, *colours),
-        own=tuple(_own_transform(entry) for entry in augment.transforms),
-        window=data.shuffle_window,
-        on_error=data.on_error,
-    )
-
-
-def val_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
-    """Return the validation stream's samples."""
-    size, data = recipe.data.image_size, recipe.data
-    chunk = recipe.eval.batch_size  # a task makes a batch: the ranks end at about the same time
-    return Samples(index, (Letterbox(size, resize),), size, chunk, shuffle=False, on_error=data.on_error)
-
-
-def _own_transform(entry: OwnTransform) -> SampleTransform:
-    key = f"augment.transforms: {entry.name}"
-    transform: SampleTransform = call(locate(entry.name, key), key, **(entry.model_extra or {}))
-    if not callable(transform):
-        raise RaydetError(f"{key}: its instances must be callable, with a sample and a generator")
-    return transform
+from raydet.recipe import Eval, Recipe
+from raydet.runs.checkpoint import Config, build, find
+from raydet.runs.folder import run_folder
+from raydet.training.extremes import check_pictures
+from raydet.training.job import Job, scaled
+from raydet.training.optimization import train_mode
+from raydet.training.step import part_size
 
 
 def make_job(
@@ -123,7 +53,7 @@ def make_job(
     count = recipe.model.num_classes
     if count is not None and count != len(names):
         raise RaydetError(
-            f"model.num_classes is {count}, but the data has {len(names)} classes ({_some(names)}); "
+            f"model.num_classes is {count}, but the data has {len(names)} classes ({some(names)}); "
             "set it to null or correct the data"
         )
     name = ""
@@ -150,129 +80,14 @@ def make_job(
         check_pictures(recipe, criterion, model, names)
         check_norms(recipe, model)
     train_images = len(train_index) if train_index is not None else 0
-    return Job(recipe, recipe.run_folder, config, model, criterion, train_images, val_index)
-
-
-def load_evaluated(
-    checkpoint_path: Path, recipe: str | None, overrides: Sequence[str], trust_code: bool = False
-) -> Recipe:
-    """Return the recipe to evaluate a checkpoint, a run or a weights file with.
-
-    Args:
-        checkpoint_path: what is evaluated.
-        recipe: the user's own; None: that of the run.
-        overrides: `section.key=value`.
-        trust_code: the recipe of the run may name code that reads the data.
-
-    Raises:
-        RaydetError: there is nothing at the path, it does not say which recipe is its own, or that recipe names code
-            that is not trusted.
-    """
-    if not checkpoint_path.exists():
-        raise RaydetError(f"{checkpoint_path}: no such file or folder")
-    run = checkpoint_path if (checkpoint_path / "recipe.yaml").is_file() else checkpoint_path.parent
-    if recipe is not None:
-        return load_recipe(recipe, overrides)
-    if checkpoint_path.is_dir() and (run / "recipe.yaml").is_file():
-        settings = load_recipe(run / "recipe.yaml", overrides)
-        if is_own(settings.data.format) and not trust_code and "data.format" not in keys_given(overrides):
-            raise RaydetError(
-                f"{run / 'recipe.yaml'} names code of its own to read the data, {settings.data.format}, and nothing of "
-                "it was run: pass data.format=… or a --recipe of yours, or, if you trust the code, trust_code=True "
-                "(--trust-code)"
-            )
-        if "storage" not in keys_given(overrides):  # that of the training, perhaps on another machine
-            settings = settings.model_copy(update={"storage": str(run)})
-        return settings
-    raise RaydetError(
-        f"{checkpoint_path} says neither its model nor its data: add --recipe, such as --recipe coco2017_yolox_s"
-    )
-
-
-def thresholds_of(config: Config, overrides: Sequence[str]) -> Eval:
-    """Return the thresholds of a checkpoint, tuned perhaps after its training, with `eval.key=value` on top."""
-    mine = [override for override in overrides if override.startswith("eval.")]
-    return load_recipe(Recipe(eval=config.thresholds), mine).eval
-
-
-def image_size_of(
-    config: Config, recipe: Recipe, overrides: Sequence[str], say: Callable[[str], Any]
-) -> tuple[int, int]:
-    """Return the (height, width) to evaluate a checkpoint at: its own, unless the overrides give another.
-
-    Args:
-        config: of the checkpoint.
-        recipe: to evaluate with; a line names its size where it is another one and does not count.
-        overrides: `section.key=value`.
-        say: takes that line.
-    """
-    theirs = recipe.data.image_size
-    if "data.image_size" in keys_given(overrides):
-        return theirs
-    if theirs != config.image_size:
-        other, own = ("x".join(map(str, size)) for size in (theirs, config.image_size))
-        say(
-            f"data.image_size is {other} in the recipe, but {own} in the checkpoint, which counts; "
-            f"data.image_size=… takes another"
-        )
-    return config.image_size
-
-
-def open_run(job: Job) -> None:
-    """Make the run's folder with recipe.yaml, inputs.json and environment.json, or check that it is the same run.
-
-    Raises:
-        RaydetError: the folder has checkpoints of a run with other settings, data, model or loss, or cannot be made.
-    """
-    folder, recipe = job.folder, job.recipe
-    inputs = {
-        "model": type(job.model).__qualname__,
-        "loss": type(job.criterion).__qualname__,
-        "training images": job.train_images,
-        "validation images": len(job.val_index),
-        "classes": list(job.config.class_names),
-    }
-    if any(folder.glob("checkpoint_*/config.json")):
-        changed = differences(recipe, load_recipe(folder / "recipe.yaml"))
-        earlier = read_json(folder / "inputs.json")
-        changed += [
-            f"{key}: {_short(earlier.get(key))} there, {_short(value)} here"
-            for key, value in inputs.items()
-            if earlier.get(key) != value
-        ]
-        if changed:
-            raise RaydetError(
-                f"{folder} is a run with other settings ({'; '.join(changed)}); "
-                "choose another name=…, or remove the folder; to train on from its weights: name=… "
-                f"model.weights={recipe.storage}/{recipe.name}"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "recipe.yaml", describe(recipe))
-        _write(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-    except OSError as error:
-        raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
-
-
-def environment() -> dict[str, str | int]:
-    """Return what a run's numbers may depend on beside its recipe."""
-    packages = ("raydet", "torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "hotcoco")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none on the driver"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count() or 0,
-        "gpu": gpu,
-        **{name: version(name) for name in packages},
-    }
+    return Job(recipe, run_folder(recipe), config, model, criterion, train_images, val_index)
 
 
 def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
     if train_index.class_names != val_index.class_names:
         raise RaydetError(
             "training and validation data have different classes: "
-            f"{_some(train_index.class_names)} and {_some(val_index.class_names)}"
+            f"{some(train_index.class_names)} and {some(val_index.class_names)}"
         )
     for split, index in (("training", train_index), ("validation", val_index)):
         if index.objects()[1].crowd.all():
@@ -366,15 +181,64 @@ def _check_loss(loss: nn.Module) -> nn.Module:
     return loss
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def check_norms(recipe: Recipe, model: nn.Module) -> None:
+    """Raise RaydetError where a worker takes a single image at once, and a map of it has a single cell before a norm.
+
+    Args:
+        recipe: says how many images a worker takes at once, and how small they are.
+        model: as it is trained, on the CPU.
+    """
+    train = recipe.train
+    fewest, most = recipe.scale.workers
+    for workers in range(fewest, most + 1):
+        share = train.batch_size // workers
+        size = part_size(share, train.micro_batch_size)
+        if (share % size or size) > 1 or (train.sync_bn and workers > 1):
+            continue
+        height, width = smallest = _smallest(recipe)
+        norm = _norm_of_one_value(recipe, model, smallest)
+        if norm is None:
+            return
+        by_size = ["data.image_size"] if recipe.augment.multiscale is None else ["augment.multiscale"]
+        raise RaydetError(
+            f"train.batch_size {train.batch_size} of {workers} worker(s)"
+            f"{f' and train.micro_batch_size {train.micro_batch_size}' * (train.micro_batch_size is not None)} leave a "
+            f"single image at once, and at {height}x{width} pixels the model's norm {norm} sees one value a channel of "
+            f"it, from which it cannot learn: set {_cure(train.batch_size, most, share)}, or {by_size[0]} larger"
+        )
 
 
-def _short(value: object) -> str:
-    return _some(value) if isinstance(value, list) else str(value)
+def _cure(batch_size: int, workers: int, share: int) -> str:
+    """Return the keys to set for parts of two images or more."""
+    if share == 1:
+        return f"train.batch_size to at least {2 * workers}{' or scale.num_workers lower' * (workers > 1)}"
+    enough = next(most for most in range(2, share + 1) if (share % (size := part_size(share, most)) or size) > 1)
+    return f"train.micro_batch_size to {enough}"
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _smallest(recipe: Recipe) -> tuple[int, int]:
+    """Return the (height, width) of the smallest images that a step trains on."""
+    size, sides = recipe.data.image_size, recipe.augment.multiscale
+    return size if sides is None else scaled(size, sides[0])
+
+
+def _norm_of_one_value(recipe: Recipe, model: nn.Module, size: tuple[int, int]) -> str | None:
+    """Return the name of the first norm that sees one value a channel of a single image; None: none does."""
+    probe = copy.deepcopy(model)
+    train_mode(probe, recipe.train)
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if module.training and inputs[0].numel() == inputs[0].shape[1]:
+                found.append(name)
+
+        return hook
+
+    for name, module in probe.named_modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(look(name))
+    # Torch refuses such a norm; of whatever else fails, the first step tells.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
+        probe(torch.zeros(1, 3, *size))
+    return found[0] if found else None

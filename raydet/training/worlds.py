@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,13 +19,14 @@ import torch
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
 from raydet.data.samples import Samples
 from raydet.data.stream import DataTasks, eval_batches, train_batches
-from raydet.mirror import worker_folder
 from raydet.outputs import shapes
+from raydet.runs.folder import run_address
+from raydet.runs.log import RunLog, SayWarnings
+from raydet.runs.mirror import worker_folder
 from raydet.tracking.trackers import tracked
-from raydet.training.elsewhere import RayValidation, Resources
-from raydet.training.loop import Ended, candidates_loop, evaluation_loop, train_loop
-from raydet.training.run import Job, RunLog, SayWarnings, Validation
-from raydet.training.watchdog import Watchdog
+from raydet.training.beside import RayValidation, Resources
+from raydet.training.job import Job, Validation
+from raydet.training.loop import Ended, evaluation_loop, train_loop
 
 
 class LocalWorld:
@@ -155,27 +162,23 @@ def train_worker(given: dict[str, Any]) -> Ended:
     job: Job = ray.get(given["job"])
     rank = ray.train.get_context().get_world_rank()
     with contextlib.ExitStack() as stack:
-        if (address := job.recipe.run_address) is not None:
+        if (address := run_address(job.recipe)) is not None:
             job = replace(job, folder=stack.enter_context(worker_folder(address, rank)))
         log = _worker_log(job)
         stacks = job.folder / f"hang_rank_{rank}.txt"
         watchdog = stack.enter_context(Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say))
         world = RayWorld(given, job, watchdog.beat)
-        stack.enter_context(tracked(job, log, world.rank))
+        stack.enter_context(tracked(job.recipe, job.folder, log, world.rank))
         return train_loop(job, world, log)
 
 
 def evaluation_worker(given: dict[str, Any]) -> bytes | None:
     """Run an evaluation in a worker of Ray Train; arguments as in `train_worker`."""
-    return evaluation_loop(*_surroundings(given))
+    return evaluation_loop(*surroundings(given))
 
 
-def candidates_worker(given: dict[str, Any]) -> None:
-    """Collect candidates in a worker of Ray Train; arguments as in `train_worker`."""
-    candidates_loop(*_surroundings(given))
-
-
-def _surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
+def surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
+    """Return what an evaluation needs in a worker of Ray Train; the argument is as in `train_worker`."""
     import ray
 
     job: Job = ray.get(given["job"])
@@ -187,3 +190,52 @@ def _worker_log(job: Job) -> RunLog:
     log = RunLog(job.folder)
     logging.getLogger("raydet").addHandler(SayWarnings(log.say))
     return log
+
+
+EXIT_CODE = 70
+
+
+class Watchdog:
+    """A context manager whose thread ends the process where nothing has been done for too long.
+
+    A collective operation waits for ranks that hang for ever, a data task for a file server that does not answer; Ray
+    takes both for work.
+
+    Args:
+        seconds: without a sign of life.
+        report: file for the stacks of all threads, which say where it hangs.
+        say: takes a line on that.
+    """
+
+    def __init__(self, seconds: float, report: Path, say: Callable[[str], Any]):
+        self._seconds, self._report, self._say = seconds, report, say
+        self._seen = time.monotonic()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        threading.Thread(target=self._watch, name="raydet-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self._seen = time.monotonic()
+
+    def _watch(self) -> None:
+        while (left := self._seen + self._seconds - time.monotonic()) > 0:
+            if self._ended.wait(left):
+                return
+        try:
+            with self._report.open("a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            self._say(
+                f"warning: a worker has done nothing for {self._seconds:.0f} s (scale.hang_minutes) and ends itself; "
+                f"{self._report} says where it hung"
+            )
+        finally:
+            os._exit(EXIT_CODE)  # nothing else ends a thread that waits in a collective operation

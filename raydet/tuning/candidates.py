@@ -17,12 +17,16 @@ from torch import nn
 from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.batch import Batch
 from raydet.data.index import Index
-from raydet.data.parquet import read_parquet
 from raydet.errors import RaydetError
-from raydet.matching import Boxes, Ints
+from raydet.evaluation.matching import Boxes, Ints
 from raydet.postprocess import Candidates, PostPrediction
-from raydet.training.evaluate import post_prediction, run
-from raydet.training.run import Job
+from raydet.predict.predictor import post_prediction
+from raydet.runs.log import RunLog
+from raydet.store import read_parquet
+from raydet.training.job import Job, World
+from raydet.training.loop import nothing, noting, on_device
+from raydet.training.validation import run
+from raydet.training.worlds import surroundings
 
 FLOOR = 0.001  # candidates have a higher score
 TOP_K = 2000  # the best so many of an image
@@ -129,7 +133,7 @@ class CandidateSet:
         return iter(self._images)
 
     def detect(self, callback: PostPrediction) -> tuple[Boxes, Ints]:
-        """Return the detections that NMS leaves, as `raydet.training.evaluate` has them, and their places by image."""
+        """Return the detections that NMS leaves, as a validation has them, and their places by image."""
         which, places = [], []
         for start, found, best in zip(self._starts, self._images, self._best, strict=True):
             if callback.multi_label_per_box:
@@ -145,3 +149,14 @@ def _best_of_each_point(points: Ints) -> Ints:
     """Return which candidates are their points' best: the first, as they are the best first."""
     first: Ints = np.unique(points, return_index=True)[1]
     return np.sort(first)
+
+
+def candidates_loop(job: Job, world: World, log: RunLog) -> None:
+    """Keep the candidates of the job's model in its validation images; see `raydet.tuning.candidates.collect`."""
+    say = log.say if world.rank == 0 else nothing
+    collect(on_device(job, world), noting(world.val_batches()(), job, world), job, world.rank, world.device, say)
+
+
+def candidates_worker(given: dict[str, Any]) -> None:
+    """Collect candidates in a worker of Ray Train; arguments as in `train_worker`."""
+    candidates_loop(*surroundings(given))

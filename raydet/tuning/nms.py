@@ -17,21 +17,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from raydet.api import open_evaluation, run_evaluation
 from raydet.cluster import connect, prepare_tune
 from raydet.data import cache
 from raydet.data.index import Index
-from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.evaluation import MAIN_METRIC
-from raydet.mirror import opened
+from raydet.evaluation.coco import MAIN_METRIC
 from raydet.recipe import Eval, Recipe
-from raydet.training import checkpoint
-from raydet.training.evaluate import PROGRESS_EVERY_S
-from raydet.training.launch import open_evaluation, run_evaluation
-from raydet.training.loop import candidates_loop
-from raydet.training.run import Job
-from raydet.training.worlds import candidates_worker
-from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, keep
+from raydet.runs import checkpoint
+from raydet.runs.mirror import opened
+from raydet.store import Store
+from raydet.training.job import Job
+from raydet.training.validation import PROGRESS_EVERY_S
+from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop, candidates_worker, keep
 from raydet.tuning.thresholds import SPACE, Comparison, Search, Setting, groups
 
 PICTURE, TABLE = "tune_nms.png", "tune_nms.json"

@@ -13,8 +13,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from raydet.data.store import Store
 from raydet.recipe import Space
+from raydet.store import Store
 from raydet.tuning.trials import Trial, short
 
 COORDINATES, IMPORTANCE = "parallel_coordinates.png", "importance.png"

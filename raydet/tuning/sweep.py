@@ -22,21 +22,31 @@ import ray
 from ray import tune as ray_tune
 from torch import nn
 
-from raydet.claim import claimed
+from raydet.api import train
 from raydet.cluster import check_kept, connect, prepare_tune, share_of_cluster
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
-from raydet.data.store import Store, is_uri
 from raydet.errors import RaydetError
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
-from raydet.training import checkpoint
-from raydet.training.launch import train
+from raydet.runs import checkpoint
+from raydet.runs.folder import claimed, run_folder
+from raydet.store import Store, is_uri
 from raydet.training.prepare import make_job
-from raydet.tuning.board import Board
 from raydet.tuning.pictures import draw
-from raydet.tuning.trials import ERROR, VALUES, Trial, drawn, folder_name, from_json, read_trial, read_trials, to_json
+from raydet.tuning.trials import (
+    ERROR,
+    VALUES,
+    Board,
+    Trial,
+    drawn,
+    folder_name,
+    from_json,
+    read_trial,
+    read_trials,
+    to_json,
+)
 
 BEST, TRIALS = "best_recipe.yaml", "trials.json"
 _SUFFIX = "-tune"
@@ -98,7 +108,8 @@ def tune(
     if settings.scale.async_validation:  # whose results do not reach Ray Tune
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})
-    folder = settings.run_folder.with_name(settings.run_folder.name + _SUFFIX)
+    folder = run_folder(settings)
+    folder = folder.with_name(folder.name + _SUFFIX)
     with claimed(folder, "raydet tune"):
         own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
         return _sweep(settings, folder, own, verbose, live, say)
@@ -182,7 +193,7 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     recipe = load_recipe(base, [override(key, value) for key, value in values.items()])
     recipe = recipe.model_copy(update={"name": name, "tune": Tune()})
     same_data = recipe.data.model_copy(update={"image_size": base.data.image_size}) == base.data
-    folder = recipe.run_folder
+    folder = run_folder(recipe)
     with claimed(folder, "raydet tune", _ENDING_S):  # a driver that was killed leaves trials that end soon
         pass
     if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, MAIN_METRIC, MAX_DETS, RECALLS, objects
-from raydet.matching import Floats, Matches, average_precision, counts, match, operating
+from raydet.evaluation.coco import IOUS, MAIN_METRIC, MAX_DETS, RECALLS, objects
+from raydet.evaluation.matching import Floats, Matches, average_precision, counts, match, operating
 from raydet.postprocess import PostPrediction
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet
 

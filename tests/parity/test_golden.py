@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from raydet import losses, models, postprocess
-from raydet.anchors import ssd_default_boxes
+from raydet.api import evaluate
 from raydet.boxes import place, xywh_to_xyxy
 from raydet.data.coco import load_coco
 from raydet.data.samples import Samples
 from raydet.data.transforms import Letterbox
-from raydet.evaluation import TWELVE, CocoEvaluation
-from raydet.training.launch import evaluate
+from raydet.evaluation.coco import TWELVE, CocoEvaluation
+from raydet.outputs import ssd_default_boxes
 
 MODELS = {
     "yolox_nano": "yolox_n",

@@ -26,8 +26,8 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
 import raydet
-from raydet.mirror import STOP
 from raydet.recipe import load
+from raydet.runs.folder import STOP, run_folder
 
 # How soon a cluster sees that a node is gone; by default it takes half a minute.
 DETECTION = {
@@ -39,7 +39,7 @@ DETECTION = {
 
 
 def main(recipe: str, *overrides: str) -> None:
-    log = load(recipe, overrides).run_folder / "log.txt"
+    log = run_folder(load(recipe, overrides)) / "log.txt"
     began = time.monotonic()
     seen: dict[str, float] = {}
     ended: list[object] = []

@@ -23,7 +23,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 import raydet
-from raydet.training import checkpoint
+from raydet.runs import checkpoint
 
 EPOCHS, STEPS = 4, 20
 FIRST_CHECKPOINT = "checkpoint: checkpoint_000000_00000003"

@@ -23,11 +23,11 @@ from raydet.cli import app
 from raydet.data.coco import load_coco
 from raydet.data.formats import load_index
 from raydet.data.index import Index, shard_name
-from raydet.data.ingest import INDEX, _find, ingest, ingest_index
 from raydet.data.problems import Problems
-from raydet.data.store import Store
+from raydet.data.shards import INDEX, _find, ingest, ingest_index
 from raydet.errors import RaydetError
 from raydet.recipe import Data
+from raydet.store import Store
 from tests.s3 import serve
 
 SHARD_MB = 0.05

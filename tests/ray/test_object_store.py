@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import raydet
-from raydet.data.ingest import ingest
+from raydet.data.shards import ingest
 from raydet.recipe import Data
 from tests.s3 import serve
 

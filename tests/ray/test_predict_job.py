@@ -18,11 +18,11 @@ import torch
 
 import raydet
 from raydet import models
-from raydet.batch_predict import batch_predict
 from raydet.errors import RaydetError
 from raydet.models import family_of
+from raydet.predict.on_ray import batch_predict
 from raydet.recipe import Eval
-from raydet.training.checkpoint import Config, Progress, pack, write
+from raydet.runs.checkpoint import Config, Progress, pack, write
 from tests.command import raydet as command
 from tests.s3 import serve
 

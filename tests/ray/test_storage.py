@@ -5,9 +5,10 @@ import json
 import pytest
 
 import raydet
-from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.mirror import STOP, opened
+from raydet.runs.folder import STOP
+from raydet.runs.mirror import opened
+from raydet.store import Store
 from tests.command import raydet as command
 from tests.s3 import serve
 

@@ -9,10 +9,11 @@ from ray import cloudpickle
 
 from raydet.data.batch import local_train_batches
 from raydet.data.coco import load_coco
+from raydet.data.pipeline import train_samples, val_samples
 from raydet.data.stream import DataTasks
 from raydet.recipe import load
-from raydet.training.launch import _on_ray
-from raydet.training.prepare import make_job, train_samples, val_samples
+from raydet.training.on_ray import on_ray as _on_ray
+from raydet.training.prepare import make_job
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 

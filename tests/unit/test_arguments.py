@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from raydet import anchors, boxes, evaluation, matching, measures, metrics, models, postprocess, visualization
-from raydet.data import mosaic, transforms
+from raydet import boxes, metrics, models, postprocess, visualization
+from raydet import outputs as anchors
+from raydet.data import transforms
+from raydet.data import transforms as mosaic
 from raydet.data.index import make_index
-from raydet.data.records import index_of_records
-from raydet.data.target_format import TargetFormat
-from raydet.export import compare
+from raydet.data.own import TargetFormat, index_of_records
+from raydet.evaluation import coco as evaluation
+from raydet.evaluation import matching, measures
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss, assignment
 from raydet.losses.base import PartialLoss
 from raydet.outputs import DFLOutput
+from raydet.predict.export import compare
+from raydet.predict.predictor import post_prediction
 from raydet.recipe import Eval
-from raydet.training.evaluate import post_prediction
 from raydet.training.loop import resized
 
 RNG = np.random.default_rng(0)

@@ -13,9 +13,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raydet.anchors import ssd_default_boxes
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss, assignment
-from raydet.outputs import DFLOutput
+from raydet.outputs import DFLOutput, ssd_default_boxes
 
 CLASSES, BINS = 3, 17
 KINDS = ("any", "crowd", "tiny", "whole", "edge", "outside", "twin")

@@ -14,8 +14,8 @@ from raydet import models
 from raydet.errors import RaydetError
 from raydet.models import Preprocessing
 from raydet.recipe import Eval, Train
-from raydet.training import checkpoint
-from raydet.training.checkpoint import Config, Progress
+from raydet.runs import checkpoint
+from raydet.runs.checkpoint import Config, Progress
 from raydet.training.optimization import EMA, make_optimizer
 
 CONFIG = Config(

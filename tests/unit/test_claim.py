@@ -12,13 +12,13 @@ import time
 import pytest
 
 import raydet
-from raydet.claim import LOCK, claimed
 from raydet.errors import RaydetError
-from raydet.plot import plot
-from raydet.report import report
+from raydet.reports.curves import plot
+from raydet.reports.run import report
+from raydet.runs.folder import LOCK, claimed
 from raydet.tuning.sweep import tune
 
-HOLD = "import sys, time; from pathlib import Path; from raydet.claim import claimed\n" + (
+HOLD = "import sys, time; from pathlib import Path; from raydet.runs.folder import claimed\n" + (
     "with claimed(Path(sys.argv[1]), 'raydet train'):\n    print('held', flush=True)\n    time.sleep(600)"
 )
 

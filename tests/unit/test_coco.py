@@ -9,8 +9,8 @@ import pytest
 
 from raydet.data.coco import load_coco
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 
 def content(**changes):

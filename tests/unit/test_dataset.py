@@ -5,18 +5,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from raydet.data.dataset import (
+from raydet.data.own import (
     COCODetectionDataset,
     DetectionDataset,
+    TargetFormat,
     find_dataset,
+    index_of_records,
     load_own,
     register_dataset,
 )
 from raydet.data.problems import Problems
-from raydet.data.records import index_of_records
-from raydet.data.store import Store
-from raydet.data.target_format import TargetFormat
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 CLASSES = ("cat", "dog", "cow")
 BOXES = np.array([[10.0, 5, 30, 15]])
@@ -296,7 +296,7 @@ def test_coco_detection_dataset(shapes, shapes_index):
 def registry(monkeypatch):
     """Data sets that this test registers."""
     registered = {}
-    monkeypatch.setattr("raydet.data.dataset.REGISTERED", registered)
+    monkeypatch.setattr("raydet.data.own.REGISTERED", registered)
     return registered
 
 
@@ -375,7 +375,7 @@ def test_by_module_and_name(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "data_of_mine.py").write_text(
-        "from raydet.data.records import index_of_records\n"
+        "from raydet.data.own import index_of_records\n"
         "def mine(root):\n"
         "    return index_of_records([{'path': 'b.jpg', 'boxes': [], 'labels': []}], ['cat'], root)\n"
         "number = 5\n"

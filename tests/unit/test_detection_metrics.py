@@ -9,13 +9,8 @@ import torch
 from torch.multiprocessing import spawn
 
 from raydet.errors import RaydetError
-from raydet.evaluation import TWELVE
-from raydet.metrics import (
-    DetectionMetrics,
-    DetectionMetrics_050,
-    DetectionMetrics_050_095,
-    DetectionMetrics_075,
-)
+from raydet.evaluation.coco import TWELVE
+from raydet.metrics import DetectionMetrics, DetectionMetrics_050, DetectionMetrics_050_095, DetectionMetrics_075
 from tests.unit.test_metrics import evaluated, official, random_set
 
 NAMES = ("a", "b", "c")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from raydet.training.display import LiveTable, best_validation, follow, read_metrics, summary
-from raydet.training.run import RunLog
+from raydet.reports.terminal import LiveTable, follow, summary
+from raydet.runs.log import RunLog, best_validation, read_metrics
 
 
 def trained(step, **values):

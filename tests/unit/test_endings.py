@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from raydet.data.formats import load_index
-from raydet.mirror import STOP
+from raydet.data.pipeline import train_samples, val_samples
 from raydet.recipe import load
-from raydet.training import checkpoint, keeper
+from raydet.runs import checkpoint
+from raydet.runs.folder import STOP
+from raydet.runs.log import Recorder, RunLog
+from raydet.training import keeper
+from raydet.training.job import Validated
 from raydet.training.loop import train_loop
-from raydet.training.prepare import make_job, train_samples, val_samples
-from raydet.training.run import Recorder, RunLog, Validated
+from raydet.training.prepare import make_job
 from raydet.training.worlds import LocalWorld
 
 pytestmark = pytest.mark.usefixtures("one_thread")

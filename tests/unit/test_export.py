@@ -14,13 +14,13 @@ from raydet.data.coco import load_coco
 from raydet.data.render import decode
 from raydet.data.synthetic import make_picture
 from raydet.errors import RaydetError
-from raydet.export import compare, export
 from raydet.models import export as onnx_models
 from raydet.models import family_of
 from raydet.postprocess import PPYoloEPostPredictionCallback
-from raydet.predict import load
+from raydet.predict.export import compare, export
+from raydet.predict.predictor import load
 from raydet.recipe import Eval
-from raydet.training.checkpoint import Config, Progress, pack, write
+from raydet.runs.checkpoint import Config, Progress, pack, write
 from tests.command import raydet as command
 from tests.unit.test_postprocess import some_candidates
 

@@ -14,20 +14,22 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 import raydet
-from raydet import measures
 from raydet.boxes import cxcywh_to_xyxy, xyxy_to_xywh
 from raydet.data.coco import load_coco
+from raydet.data.pipeline import train_samples, val_samples
 from raydet.errors import RaydetError
-from raydet.evaluation import detected
-from raydet.matching import Boxes
+from raydet.evaluation import measures
+from raydet.evaluation.coco import detected
+from raydet.evaluation.matching import Boxes
+from raydet.predict.predictor import post_prediction
 from raydet.recipe import load
+from raydet.runs import checkpoint
+from raydet.runs.log import RunLog
 from raydet.tracking import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback
-from raydet.tracking.pictures import ValPictures
-from raydet.training import checkpoint
-from raydet.training.evaluate import evaluate, post_prediction
+from raydet.training.extremes import ValPictures
 from raydet.training.loop import train_loop, train_mode
-from raydet.training.prepare import make_job, train_samples, val_samples
-from raydet.training.run import RunLog
+from raydet.training.prepare import make_job
+from raydet.training.validation import evaluate
 from raydet.training.worlds import LocalWorld
 from tests.unit.test_ranks import share_of
 

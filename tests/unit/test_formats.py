@@ -10,10 +10,10 @@ from PIL import Image
 
 from raydet.data.formats import detect, load_index
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.data.synthetic import CLASSES
 from raydet.errors import RaydetError
 from raydet.recipe import Data
+from raydet.store import Store
 from tests.s3 import serve
 
 OBJECTS = {"a": [("cat", (1, 2, 20, 16)), ("dog", (0, 0, 40, 20))], "b": [("dog", (10, 5, 30, 15))], "c": []}

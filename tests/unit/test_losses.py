@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet import models
-from raydet.anchors import ssd_default_boxes
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.losses.base import PartialLoss
+from raydet.outputs import ssd_default_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from raydet import matching, measures
 from raydet.boxes import xyxy_to_xywh
 from raydet.data.index import make_index
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, RECALLS, TWELVE, CocoEvaluation, beyond, metric_names, twelve_names
-from raydet.matching import Boxes, average_precision, match, operating
+from raydet.evaluation import matching, measures
+from raydet.evaluation.coco import IOUS, RECALLS, TWELVE, CocoEvaluation, beyond, metric_names, twelve_names
+from raydet.evaluation.matching import Boxes, average_precision, match, operating
 
 CATEGORIES = (2, 5, 9)
 

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from raydet import mirror as mirrors
-from raydet.data.store import Store
 from raydet.errors import RaydetError
-from raydet.mirror import STOP, Mirror, local_folder, opened, worker_folder
 from raydet.recipe import load
+from raydet.runs import mirror as mirrors
+from raydet.runs.folder import STOP, local_folder, run_address, run_folder
+from raydet.runs.mirror import Mirror, opened, worker_folder
+from raydet.store import Store
 from tests.s3 import serve
 
 
@@ -24,7 +25,7 @@ def server(tmp_path_factory):
 def s3(server, request, tmp_path, monkeypatch):
     """The server, the address of a run of this test's own, and nothing in this machine's cache."""
     monkeypatch.setenv("RAYDET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("raydet.data.store.RETRY_AFTER_S", (0.01, 0.01))
+    monkeypatch.setattr("raydet.store.RETRY_AFTER_S", (0.01, 0.01))
     monkeypatch.setattr(mirrors, "PUSH_EVERY_S", 0.1)
     server.requests.clear()
     server.run = f"runs/{abs(hash(request.node.name))}"
@@ -226,10 +227,10 @@ def test_credentials_do_not_get_into_addresses(address):
 def test_a_recipe_knows_where_its_run_is(monkeypatch, tmp_path):
     monkeypatch.setenv("RAYDET_CACHE", str(tmp_path))
     recipe = load("demo", ["storage=s3://bucket/runs?region=eu-west-1", "name=a"])
-    assert recipe.run_address == "s3://bucket/runs/a?region=eu-west-1"
-    assert recipe.run_folder.name == "a"
-    assert recipe.run_folder.is_relative_to(tmp_path.resolve())
-    assert load("demo", [f"storage={tmp_path}"]).run_address is None
+    assert run_address(recipe) == "s3://bucket/runs/a?region=eu-west-1"
+    assert run_folder(recipe).name == "a"
+    assert run_folder(recipe).is_relative_to(tmp_path.resolve())
+    assert run_address(load("demo", [f"storage={tmp_path}"])) is None
     with pytest.raises(RaydetError, match="async_validation needs a storage that all nodes share"):
         load("demo", ["storage=s3://bucket/runs", "scale.async_validation=true"])
     assert os.environ["RAYDET_CACHE"] == str(tmp_path)

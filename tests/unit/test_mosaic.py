@@ -9,10 +9,18 @@ import pytest
 
 from raydet.data.coco import load_coco
 from raydet.data.index import index_of_images
-from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import Renderer, Sources
 from raydet.data.samples import Samples
-from raydet.data.transforms import HorizontalFlip, Letterbox, Picture, RandomAffine, VerticalFlip, sanitise
+from raydet.data.transforms import (
+    HorizontalFlip,
+    Letterbox,
+    Mixup,
+    Mosaic,
+    Picture,
+    RandomAffine,
+    VerticalFlip,
+    sanitise,
+)
 
 GREY = 114
 INPUT = (512, 640)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydet.data.parquet import read_parquet
+from raydet.store import read_parquet
 
 PROCESSES = 40
 READ_AND_END = """

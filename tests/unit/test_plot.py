@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raydet.errors import RaydetError
-from raydet.plot import SMOOTHED_ABOVE, plot
+from raydet.reports.curves import SMOOTHED_ABOVE, plot
 
 BLUE, ORANGE, GREEN = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)
 

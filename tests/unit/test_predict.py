@@ -14,20 +14,21 @@ import PIL.Image
 import pytest
 import torch
 
-from raydet import models, predict
-from raydet.batch_predict import batch_predict
+from raydet import models
 from raydet.data.batch import local_eval_batches
 from raydet.data.coco import load_coco
 from raydet.data.samples import Samples
 from raydet.data.transforms import Letterbox
 from raydet.errors import RaydetError
 from raydet.models import Preprocessing
-from raydet.predict import Detections, Found, Predictor, Stream, pick_device
-from raydet.predictions import NOTES, open_target, picture_files, save
+from raydet.predict import predictor as predict
+from raydet.predict.on_ray import batch_predict
+from raydet.predict.predictor import Detections, Found, Predictor, Stream, pick_device, post_prediction
+from raydet.predict.save import NOTES, open_target, picture_files, save
+from raydet.predict.sources import image_files, open_source
 from raydet.recipe import Eval
-from raydet.sources import image_files, open_source
-from raydet.training.checkpoint import Config
-from raydet.training.evaluate import post_prediction, run
+from raydet.runs.checkpoint import Config
+from raydet.training.validation import run
 from raydet.visualization import write_picture, write_video
 
 NAMES = ("person", *(f"class {number}" for number in range(1, 80)))

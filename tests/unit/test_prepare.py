@@ -2,16 +2,18 @@ import numpy as np
 import pytest
 import torch
 
+from raydet.api import open_evaluation
 from raydet.data.coco import load_coco
 from raydet.data.formats import load_index
+from raydet.data.pipeline import train_samples, val_samples
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
 from raydet.models import get
 from raydet.recipe import Recipe, describe, load
-from raydet.training.checkpoint import Progress, pack, write
-from raydet.training.launch import open_evaluation
+from raydet.runs.checkpoint import Progress, pack, write
+from raydet.runs.folder import open_run, run_folder
 from raydet.training.loop import resized
-from raydet.training.prepare import make_job, open_run, train_samples, val_samples
+from raydet.training.prepare import make_job
 from tests.unit.test_metrics import evaluated
 
 
@@ -26,20 +28,24 @@ def job(demo, shapes):
     return make
 
 
+def opened(job):
+    open_run(job.folder, job.recipe, job.inputs)
+
+
 def keep_a_checkpoint(folder):
     (folder / "checkpoint_000001").mkdir()
     (folder / "checkpoint_000001" / "config.json").write_text("{}")
 
 
 def test_a_run_can_be_opened_again_and_what_changes_no_result_may_change(job):
-    open_run(job())
+    opened(job())
     keep_a_checkpoint(job().folder)
-    open_run(job("scale.num_workers=2", "track.log_every=5"))
+    opened(job("scale.num_workers=2", "track.log_every=5"))
 
 
 def test_settings_are_free_until_there_is_a_checkpoint(job):
-    open_run(job())
-    open_run(job("train.lr=0.5"))
+    opened(job())
+    opened(job("train.lr=0.5"))
     assert load(job().folder / "recipe.yaml").train.lr == 0.5
 
 
@@ -56,29 +62,29 @@ def test_settings_are_free_until_there_is_a_checkpoint(job):
     ],
 )
 def test_another_run_under_the_same_name_is_refused(job, overrides, others, message):
-    open_run(job())
+    opened(job())
     keep_a_checkpoint(job().folder)
     with pytest.raises(RaydetError) as error:
-        open_run(job(*overrides, **others))
+        opened(job(*overrides, **others))
     assert message in str(error.value)
     assert "choose another name" in str(error.value)
     assert f"to train on from its weights: name=… model.weights={job().folder}" in str(error.value)
 
 
 def test_a_run_whose_folder_was_renamed_goes_on_under_its_new_name(job, tmp_path):
-    open_run(job("name=before"))
+    opened(job("name=before"))
     keep_a_checkpoint(job("name=before").folder)
     job("name=before").folder.rename(job("name=after").folder)
-    open_run(job("name=after"))
+    opened(job("name=after"))
     assert load(tmp_path / "runs/after/recipe.yaml").name == "after"
 
 
 def test_a_run_needs_a_name_and_a_folder_that_can_be_made(job, tmp_path):
     with pytest.raises(RaydetError, match="name is empty"):
-        _ = Recipe(storage=str(tmp_path)).run_folder
+        run_folder(Recipe(storage=str(tmp_path)))
     (tmp_path / "file").write_text("")
     with pytest.raises(RaydetError, match=r"storage: .* cannot be made or written"):
-        open_run(job(f"storage={tmp_path}/file"))
+        opened(job(f"storage={tmp_path}/file"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from raydet import losses, recipe
 from raydet.errors import RaydetError
 from raydet.models import FAMILIES
 from raydet.recipe import Recipe, Section, load, shipped
+from raydet.runs.folder import run_folder
 
 
 def keys(section: type[Section] | Section, prefix: str = "") -> set[str]:
@@ -238,7 +239,7 @@ def test_overrides_are_a_list():
 
 @pytest.mark.parametrize(("name", "folder"), [("mine", "mine"), ("group/mine", "group/mine"), ("..mine", "..mine")])
 def test_a_run_lies_below_its_storage(name, folder, tmp_path):
-    assert load("demo", [f"storage={tmp_path}", f"name={name}"]).run_folder == tmp_path / folder
+    assert run_folder(load("demo", [f"storage={tmp_path}", f"name={name}"])) == tmp_path / folder
 
 
 @pytest.mark.parametrize(

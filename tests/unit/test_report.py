@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from raydet.data import report
 from raydet.data.index import make_index
 from raydet.data.problems import Notice
-from raydet.data.report import CELLS, Finding, decode_all, inspect, measure
-from raydet.data.report_page import render
+from raydet.reports import inspect as report
+from raydet.reports.inspect import CELLS, Finding, decode_all, inspect, measure
+from raydet.reports.inspect_page import render
 from tests.command import raydet
 
 VOID = {"meta", "img"}

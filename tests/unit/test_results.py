@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from raydet.errors import RaydetError
-from raydet.evaluation import CocoEvaluation
-from raydet.results import DETECTIONS, METRICS, PICTURES, read_results, write_evaluation
+from raydet.evaluation.coco import CocoEvaluation, read_results
+from raydet.reports.evaluation import DETECTIONS, METRICS, PICTURES, write_evaluation
 from tests.unit.test_metrics import CATEGORIES, evaluated, random_set
 
 

@@ -11,8 +11,9 @@ import torch
 from raydet.data.batch import Batch
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
-from raydet.training.launch import _fit
-from raydet.training.run import RunLog, SayWarnings, noting_errors
+from raydet.runs.log import RunLog, SayWarnings
+from raydet.training.job import noting_errors
+from raydet.training.on_ray import _fit
 
 
 def lines(folder):

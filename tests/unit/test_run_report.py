@@ -12,7 +12,7 @@ import pytest
 
 import raydet
 from raydet.errors import RaydetError
-from raydet.report import report
+from raydet.reports.run import report
 from raydet.visualization import write_picture
 
 # In place of the page's own rule that no script runs.

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from raydet.data.batch import local_eval_batches, local_train_batches
 from raydet.data.index import Index, make_index
-from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import Sources, _is_cut_off, decode, imread
 from raydet.data.samples import Samples
-from raydet.data.transforms import HSV, ChannelSwap, HorizontalFlip, Letterbox, RandomAffine, Rotate90, VerticalFlip
+from raydet.data.transforms import (
+    HSV,
+    ChannelSwap,
+    HorizontalFlip,
+    Letterbox,
+    Mixup,
+    Mosaic,
+    RandomAffine,
+    Rotate90,
+    VerticalFlip,
+)
 from raydet.errors import RaydetError
 
 SIZE = (64, 96)

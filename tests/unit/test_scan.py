@@ -8,8 +8,8 @@ from PIL import Image
 from raydet.data.problems import Problems
 from raydet.data.render import decode
 from raydet.data.scan import IMAGE_SUFFIXES, each, image_sizes, list_images, present
-from raydet.data.store import Store
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 
 def orientation_of(number):

@@ -16,9 +16,9 @@ from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDet
 from raydet.models import Detector, YoloXHead
 from raydet.models.blocks import Conv
 from raydet.recipe import Train
-from raydet.training.evaluate import run
 from raydet.training.optimization import make_optimizer
 from raydet.training.step import Step, _precision
+from raydet.training.validation import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.data import store as stores
-from raydet.data.store import Store, inside
+from raydet import store as stores
 from raydet.errors import RaydetError
+from raydet.store import Store, inside
 from tests.s3 import serve
 
 

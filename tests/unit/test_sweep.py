@@ -15,15 +15,15 @@ from raydet.cluster import prepare_tune
 from raydet.errors import RaydetError
 from raydet.models import Preprocessing, get
 from raydet.recipe import Eval, Recipe, Space, load, override
-from raydet.training.checkpoint import Config, Progress, pack, write
+from raydet.runs.checkpoint import Config, Progress, pack, write
 from raydet.tuning import sweep
-from raydet.tuning.board import Board
 from raydet.tuning.pictures import COORDINATES, IMPORTANCE, _correlation_ratio, _ranks, draw
 from raydet.tuning.sweep import _domain, _open, _scheduler, tune
 from raydet.tuning.trials import (
     ERROR,
     SUMMARY,
     VALUES,
+    Board,
     Trial,
     drawn,
     folder_name,

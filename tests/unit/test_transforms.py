@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from raydet.boxes import place
 from raydet.data.index import make_index
-from raydet.data.mosaic import Mixup, Mosaic
 from raydet.data.render import Renderer, Sources, letterbox
 from raydet.data.transforms import (
     HSV,
     ChannelSwap,
     HorizontalFlip,
     Letterbox,
+    Mixup,
+    Mosaic,
     Normalize,
     Picture,
     RandomAffine,

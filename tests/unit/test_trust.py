@@ -8,13 +8,13 @@ import torch
 
 import raydet
 from raydet import models
-from raydet.batch_predict import batch_predict
 from raydet.data.formats import load_index
 from raydet.errors import RaydetError
-from raydet.export import export
 from raydet.models import family_of
+from raydet.predict.export import export
+from raydet.predict.on_ray import batch_predict
 from raydet.recipe import Eval, load
-from raydet.training.checkpoint import Config, Progress, pack, write
+from raydet.runs.checkpoint import Config, Progress, pack, write
 from raydet.training.prepare import make_job
 from raydet.tuning.nms import tune_nms
 from tests.command import raydet as command

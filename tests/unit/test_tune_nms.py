@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import raydet
+from raydet.api import open_evaluation
 from raydet.errors import RaydetError
-from raydet.evaluation import IOUS, MAIN_METRIC, RECALLS, objects
-from raydet.matching import average_precision, match
-from raydet.predict import load as load_predictor
+from raydet.evaluation.coco import IOUS, MAIN_METRIC, RECALLS, objects
+from raydet.evaluation.matching import average_precision, match
+from raydet.predict.predictor import load as load_predictor
 from raydet.recipe import Eval
-from raydet.training import checkpoint
-from raydet.training.checkpoint import Progress, pack, write
-from raydet.training.launch import open_evaluation
+from raydet.runs import checkpoint
+from raydet.runs.checkpoint import Progress, pack, write
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet
 from raydet.tuning.nms import PICTURE, TABLE, tune_nms
 from raydet.tuning.thresholds import SPACE, Search, Setting, groups

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.data.voc import class_names_in, load_voc
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
 

@@ -2,9 +2,9 @@ import pytest
 from PIL import Image
 
 from raydet.data.problems import Problems
-from raydet.data.store import Store
 from raydet.data.yolo import load_yolo
 from raydet.errors import RaydetError
+from raydet.store import Store
 
 
 def write(root, **files):

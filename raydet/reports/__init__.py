@@ -1,0 +1,1 @@
+"""What a person looks at: pages, curves, tables in the terminal."""

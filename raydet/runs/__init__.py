@@ -1,0 +1,1 @@
+"""Runs: what is on disk, and the names of its files."""

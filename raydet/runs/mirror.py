@@ -1,0 +1,266 @@
+"""Runs in an object store: each machine that works on one has a folder of its own, kept the same as the store.
+
+A training needs a folder: it appends to files and renames whole checkpoints. An object store can do neither, and its
+files appear one by one. So rank 0 writes into a folder of its own, and a thread brings what has changed to the store,
+of a checkpoint config.json last: what has one is whole. A slow store delays no step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from raydet.errors import RaydetError
+from raydet.runs.folder import STOP, local_folder
+from raydet.store import Store, is_uri
+
+logger = logging.getLogger(__name__)
+PUSH_EVERY_S = 3.0
+_LOGS = ("log.txt", "metrics.jsonl")
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_LARGE = (_WEIGHTS, "training.pt", ".parquet", ".onnx")
+
+
+class Mirror:
+    """A folder of this machine and one in a store.
+
+    Args:
+        folder: on this machine.
+        address: of the other; None: there is none, and nothing to do.
+        ignored: names at the top of the folder that are not brought to the store.
+    """
+
+    def __init__(self, folder: Path, address: str | None, ignored: tuple[str, ...] = ()):
+        self.folder = folder
+        self.store = None if address is None else Store(address)
+        self._ignored = ignored
+        self._known: dict[str, tuple[int, int]] = {}  # of files that are the same here and there: size and time here
+
+    def pull(self, wanted: Callable[[str], bool]) -> None:
+        """Bring files of the store here, but for those that are here already.
+
+        Raises:
+            RaydetError: the store cannot be reached.
+        """
+        if self.store is None or self.store.kind() != "folder":
+            return
+        for name, (size, changed) in self.store.files(recursive=True, hidden=True).items():
+            path = self.folder / name
+            if not wanted(name):
+                continue
+            if not (path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (size, changed)):
+                Store(self.folder).write(name, self.store.read(name))
+                os.utime(path, ns=(changed, changed))
+            self._known[name] = _state(path)
+
+    def pull_checkpoint(self, name: str, *, training: bool = False) -> None:
+        """Bring a checkpoint here: its weights, and what else is needed to go on with its training."""
+        files = {f"{name}/{_CONFIG}", f"{name}/{_WEIGHTS}"} | ({f"{name}/training.pt"} if training else set())
+        self.pull(files.__contains__)
+
+    def refresh(self) -> None:
+        """Make this folder what the store holds, but for large files that are not here yet.
+
+        Raises:
+            RaydetError: the store cannot be reached.
+        """
+        if self.store is None:
+            return
+        there = self.store.files(recursive=True, hidden=True) if self.store.kind() == "folder" else {}
+        for name, path in list(_files(self.folder)):
+            if there.get(name) != _state(path):
+                path.unlink()
+        self._known.clear()
+        self.pull(lambda name: not name.endswith(_LARGE) or (self.folder / name).is_file())
+
+    def push(self) -> None:
+        """Bring to the store what has changed here, and delete there what was there and is here no more.
+
+        Raises:
+            RaydetError: the store cannot be reached; what is not there yet, the next call brings.
+        """
+        if self.store is None:
+            return
+        found = {name: path for name, path in _files(self.folder) if name.split("/")[0] not in self._ignored}
+        # A checkpoint's config.json comes after its other files, and what tells of it after both.
+        for name in sorted(found, key=lambda name: (not _of_checkpoint(name), name.endswith(_CONFIG), name)):
+            try:
+                state = _state(found[name])
+                if self._known.get(name) == state:
+                    continue
+                content = found[name].read_bytes()
+            except FileNotFoundError:  # pruned since
+                continue
+            self.store.write(name, content)
+            self._known[name] = state
+        for name in sorted(set(self._known) - set(found), key=lambda name: not name.endswith(_CONFIG)):
+            self.store.delete(name)
+            del self._known[name]
+
+    @contextlib.contextmanager
+    def pushing(self) -> Iterator[None]:
+        """Bring to the store what changes, in a thread, and at the end all of it; look there for the wish to stop.
+
+        Raises:
+            RaydetError: at the end the store cannot be reached; it says where the rest is.
+        """
+        failed = False
+
+        def step() -> None:
+            nonlocal failed
+            try:
+                if self.store is not None and self.store.kind(STOP):
+                    (self.folder / STOP).touch()
+                    self._known[STOP] = _state(self.folder / STOP)
+                self.push()
+                failed = False
+            except RaydetError as error:
+                if not failed:
+                    logger.warning("not in the store yet, the next attempt follows: %s", error)
+                failed = True
+
+        with repeated(step, PUSH_EVERY_S, "raydet-push"):
+            try:
+                yield
+            except BaseException:
+                step()  # what led to it is worth having there
+                raise
+        try:
+            self.push()
+        except RaydetError as error:
+            where = f"{self.folder} on {socket.gethostname()}"
+            raise RaydetError(f"{error}; what is not there is in {where}") from None
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Bring the lines of progress here, in a thread, and the wish to stop to the store."""
+        told = False
+
+        def step() -> None:
+            nonlocal told
+            with contextlib.suppress(RaydetError):  # the next attempt follows
+                if self.store is not None and not told and (self.folder / STOP).exists():
+                    self.store.write(STOP, b"")
+                    told = True
+                self.pull(_LOGS.__contains__)
+
+        with repeated(step, PUSH_EVERY_S, "raydet-pull") if self.store is not None else contextlib.nullcontext():
+            yield
+        step()
+
+
+@contextlib.contextmanager
+def worker_folder(address: str, rank: int) -> Iterator[Path]:
+    """Give a worker a folder with what its run needs to go on, and bring what it writes there to the store.
+
+    Args:
+        address: of the run in the store.
+        rank: of the worker; the log and the metrics are rank 0's.
+
+    Raises:
+        RaydetError: the store cannot be reached; the folder stays.
+    """
+    from raydet.runs import checkpoint
+
+    folder = Path(tempfile.mkdtemp(prefix="raydet-run-"))
+    mirror = Mirror(folder, address, () if rank == 0 else _LOGS)
+    mirror.refresh()
+    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
+        mirror.pull_checkpoint(path.name, training=True)
+        if (path / checkpoint.TRAINING).exists() and checkpoint.damage(path) is None:
+            break
+    if rank == 0:  # may have to average the best
+        mirror.pull(lambda name: name.startswith("checkpoint_") and name.endswith(_WEIGHTS))
+    with mirror.pushing():
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
+    """Give the local path of a run, a checkpoint or a file; of one in a store that of a copy.
+
+    What is written into the copy is brought to the store at the end.
+
+    Args:
+        path: local, or an address.
+        weights: bring those of the checkpoint too, of a run those of the best.
+
+    Raises:
+        RaydetError: there is nothing, or the store cannot be reached.
+    """
+    if not is_uri(path):
+        yield Path(path).expanduser()
+        return
+    from raydet.runs import checkpoint
+
+    address = str(path)
+    store = Store(address)
+    kind = store.kind()
+    if not kind:
+        raise RaydetError(f"{address}: no such file or folder")
+    name = local_folder(address).name
+    if kind == "file":
+        above = Mirror(local_folder(_above(address)), _above(address))
+        above.pull({name, *([_CONFIG] if name == _WEIGHTS else [])}.__contains__)
+        yield above.folder / name
+        return
+    inside = store.kind(_CONFIG) == "file"  # a checkpoint, whose run is the folder above
+    run = _above(address) if inside else address
+    mirror = Mirror(local_folder(run), run)
+    mirror.refresh()
+    local = mirror.folder / name if inside else mirror.folder
+    if weights:
+        mirror.pull_checkpoint(checkpoint.find(local).name)
+    yield local
+    mirror.push()
+
+
+def _above(address: str) -> str:
+    place, question, query = address.partition("?")
+    return f"{place.rstrip('/').rpartition('/')[0]}{question}{query}"
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files below a folder that are whole."""
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and (top != str(folder) or name != "ray")]
+        for name in names:
+            if not name.startswith(".") and not name.endswith(".partial"):
+                path = Path(top, name)
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _of_checkpoint(name: str) -> bool:
+    return name.startswith("checkpoint_")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def repeated(step: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Call `step` every so many seconds in a thread of that name, until the context ends."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every_s):
+            step()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

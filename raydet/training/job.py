@@ -1,0 +1,177 @@
+"""A training: what its workers are given, and what they need of their surroundings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from raydet.data.batch import Batch
+from raydet.data.index import Index
+from raydet.data.problems import Problems
+from raydet.recipe import Recipe
+from raydet.runs.checkpoint import Config
+from raydet.runs.log import Recorder
+
+logger = logging.getLogger(__name__)
+
+# Random numbers of the sizes never share a seed with those of the samples.
+_SIZES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training or an evaluation is, but for the streams.
+
+    Attributes:
+        recipe: the settings.
+        folder: of the run, absolute: workers have another working directory.
+        config: what every checkpoint says of the model.
+        model: as it begins, on the CPU.
+        criterion: the loss; None in an evaluation.
+        train_images: number of training images.
+        val_index: the images to validate on.
+    """
+
+    recipe: Recipe
+    folder: Path
+    config: Config
+    model: nn.Module
+    criterion: nn.Module | None
+    train_images: int
+    val_index: Index
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the run was given beside its recipe; a run that goes on is given the same."""
+        return {
+            "model": type(self.model).__qualname__,
+            "loss": type(self.criterion).__qualname__,
+            "training images": self.train_images,
+            "validation images": len(self.val_index),
+            "classes": list(self.config.class_names),
+        }
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, all of the recipe's batch size."""
+        return self.steps_left(0, self.recipe.train.batch_size)
+
+    def batch_size(self, ranks: int) -> int:
+        """Images of a step: the recipe's, or the next lower number that the ranks can share equally."""
+        return self.recipe.train.batch_size // ranks * ranks
+
+    def steps_left(self, position: int, batch_size: int) -> int:
+        """Steps from a position to the end of the run; the last may go beyond it."""
+        return max(0, -(-(self.recipe.train.epochs * self.train_images - position) // batch_size))
+
+    def epoch_of(self, position: int) -> int:
+        """Epochs that are complete when so many samples are done."""
+        return min(position // self.train_images, self.recipe.train.epochs)
+
+    def multiscale(self, step: int) -> tuple[int, int]:
+        """Return (height, width) of the images that a step trains on: the same on every rank, and after a restart."""
+        size, augment = self.recipe.data.image_size, self.recipe.augment
+        if augment.multiscale is None:
+            return size
+        low, high = augment.multiscale
+        if step == 0:  # the largest first: what does not fit into the memory should not be found out after hours
+            low = high
+        drawn = np.random.default_rng((self.recipe.seed, _SIZES, step // augment.multiscale_every))
+        return scaled(size, 32 * int(drawn.integers(low // 32, high // 32 + 1)))
+
+    def validates_after(self, position: int, batch_size: int) -> bool:
+        """Is a validation due after the step that ends here? A step may span several epochs of a small data set."""
+        every, epoch = self.recipe.eval.every, self.epoch_of(position)
+        return epoch == self.recipe.train.epochs or epoch // every > self.epoch_of(position - batch_size) // every
+
+
+def scaled(size: tuple[int, int], longer: int) -> tuple[int, int]:
+    """Return the (height, width) near a size with another longer side, both multiples of 32."""
+    return tuple(max(32, round(longer * side / max(size) / 32) * 32) for side in size)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What a validation beside the training has found.
+
+    Attributes:
+        metrics: by name, as a line of metrics.jsonl has them.
+        logged: what is to be logged besides, such as the pictures.
+        seconds: duration of the validation.
+    """
+
+    metrics: dict[str, float]
+    logged: Recorder
+    seconds: float
+
+
+class Validation(Protocol):
+    """A validation that runs beside the training."""
+
+    def poll(self) -> Sequence[str | Validated]:
+        """Return what has come since the last call: lines of progress, and at the end the result.
+
+        Raises:
+            Exception: the validation has failed, or its process has died.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End it."""
+        ...
+
+
+class World(Protocol):
+    """What surrounds the worker loop: a Ray Train worker group, or a single process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Yield this rank's batches of positions start … stop - 1."""
+        ...
+
+    def val_batches(self) -> Callable[[], Iterator[Batch]]:
+        """Return what yields this rank's share of the validation images, each time it is called."""
+        ...
+
+    @property
+    def validate(self) -> Callable[[bytes, int, int], Validation] | None:
+        """What starts a validation beside the training, called with the content of model.safetensors and the numbers
+        of epochs and steps that are done; None: validations cannot run beside the training."""
+        ...
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Report metrics to who watches; all ranks call it."""
+        ...
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        ...
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """Return the paths of training images by their rows in the index."""
+        ...
+
+
+def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[], Any]) -> Iterator[Batch]:
+    """Pass batches on with a sign of life for each, and warn once of each image that was left out of them.
+
+    Raises:
+        RaydetError: there are too many.
+    """
+    for batch in batches:
+        for error in batch.errors:
+            if error not in problems.messages:
+                logger.warning("left out: %s", error)
+                problems.add(error)
+        beat()
+        yield batch

@@ -1,0 +1,169 @@
+"""Runs a worker function on a worker group of Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydet.cluster import connect, label_selector, workers_on
+from raydet.data.samples import Samples
+from raydet.data.stream import DataTasks
+from raydet.errors import RaydetError, user_error
+from raydet.reports.terminal import LiveTable, follow
+from raydet.runs.folder import STOP
+from raydet.training.beside import Resources
+from raydet.training.job import Job
+from raydet.training.worlds import train_worker
+
+_NOTHING = contextlib.nullcontext()
+# How soon workers are added for nodes that have come; it costs the steps since the last checkpoint.
+_RESIZE_EVERY_S = 30.0
+
+
+def on_ray(
+    worker: Callable[[dict[str, Any]], Any],
+    job: Job,
+    streams: tuple[Samples | None, Samples],
+    verbose: bool,
+    say: Callable[[str], Any],
+    table: LiveTable | None = None,
+    callbacks: Sequence[Any] = (),
+    beside: contextlib.AbstractContextManager[None] = _NOTHING,
+) -> Any:
+    """Run a worker function on a Ray Train worker group, `beside` around it; return what rank 0 returns."""
+    scale = job.recipe.scale
+    hang_s = int(60 * scale.hang_minutes)
+    # Ray Train looks at its workers this often; a report waits for the next look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    fewest, most = scale.workers
+    started = connect(scale, verbose)
+    with contextlib.ExitStack() as stack:
+        if started:
+            stack.callback(ray.shutdown)
+        gpu, cpus, coming = workers_on(scale)
+        if job.recipe.train.sync_bn and not gpu and most > 1 and worker is train_worker:
+            raise RaydetError("train.sync_bn: torch has norms over several workers on GPUs only; set it to false")
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        say(f"starting {count} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
+        if coming:
+            say("waiting for nodes that the cluster's autoscaler starts, up to half an hour")
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+        given = {
+            "job": ray.put(job),
+            "sources": {
+                split: ray.put(samples)
+                for split, samples in zip(("train", "val"), streams, strict=True)
+                if samples is not None
+            },
+            "data": DataTasks(scale.data_tasks, label_selector(scale.data_label)),
+            "validation": Resources(cpus, int(gpu), scale.worker_resources),
+        }
+        # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
+        notes = job.folder / "ray"
+        shutil.rmtree(notes, ignore_errors=True)
+        stack.callback(shutil.rmtree, notes, ignore_errors=True)
+        if table is not None:
+            stack.enter_context(table)
+        stack.enter_context(follow(job.folder, say, table))
+        stack.enter_context(beside)
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=given,
+            # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=hang_s + 60),
+            scaling_config=ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus, "GPU": gpu * scale.gpu_share, **scale.worker_resources},
+            ),
+            run_config=RunConfig(
+                name=notes.name,
+                storage_path=str(job.folder),
+                failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
+                callbacks=[_stop_on_user_error(), *callbacks],
+            ),
+        )
+        return _fit(trainer, job.folder / STOP, say)
+
+
+def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
+    """Wait for a Ray Train run, and return what rank 0 returns.
+
+    It runs in another thread: interrupted in the main thread, Ray would end the workers at once.
+
+    Args:
+        trainer: of the run.
+        stop: file that tells the workers to end after the step.
+        say: takes a line on that.
+    """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    results: list[Any] = []
+    ended = threading.Event()  # not the thread's own end: a join that is interrupted takes the thread for ended
+
+    def run() -> None:
+        try:
+            results.append(trainer.fit())
+        except BaseException as error:  # raised again below, whatever it is
+            results.append(error)
+        finally:
+            ended.set()
+
+    with interrupted_by_sigterm():
+        threading.Thread(target=run, name="raydet-fit", daemon=True).start()
+        while not ended.is_set():
+            try:
+                ended.wait(0.5)
+            except KeyboardInterrupt:
+                if stop.exists():
+                    raise
+                stop.touch()
+                say("stopping after this step, with a checkpoint; once more stops at once")
+    (result,) = results
+    if isinstance(result, TrainingFailedError):
+        raise user_error(result) or result from None
+    if isinstance(result, BaseException):
+        raise result
+    return result.return_value
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM, by which job servers and batch systems end a job, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _stop_on_user_error() -> Any:
+    """Return a callback of Ray Train that ends a run at once when a worker meets what no new worker would cure."""
+    from ray.train import UserCallback
+
+    class StopOnUserError(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if (mine := user_error(error)) is not None:
+                    raise mine
+
+    return StopOnUserError()
