@@ -46,7 +46,7 @@ def some_index():
 
 def some_boxes(kind):
     xywh = boxes.xyxy_to_xywh(CORNERS).astype(kind)
-    return matching.Boxes(IMAGES.copy(), LABELS.copy(), xywh, SCORES.astype(kind), CROWD.copy(), xywh[:, 2] * 3)
+    return matching.BoxTable(IMAGES.copy(), LABELS.copy(), xywh, SCORES.astype(kind), CROWD.copy(), xywh[:, 2] * 3)
 
 
 def some_matches(kind):
@@ -143,7 +143,7 @@ def visualize(images, found, targets, units):
 
 
 def picture(kind):
-    return transforms.Picture.of(0, 100, 80, CORNERS.astype(kind), LABELS.astype(np.int32))
+    return transforms.SamplePlan.of(0, 100, 80, CORNERS.astype(kind), LABELS.astype(np.int32))
 
 
 PLANS = [
@@ -214,8 +214,8 @@ CASES = {
         lambda n, t: (some_matches(n), evaluation.RECALLS.astype(n), np.ones(4, n)),
     ),
     **{
-        f"measures.Found.measure {name}": (
-            lambda one, other, group, name=name: measures.Found(one, other, ("a", "b", "c")).measure(name, group),
+        f"measures.Measured.measure {name}": (
+            lambda one, other, group, name=name: measures.Measured(one, other, ("a", "b", "c")).measure(name, group),
             lambda n, t: (some_boxes(n), some_boxes(n), np.array([0, 1])),
         )
         for name in measures.names(("a",))
