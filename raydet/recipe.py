@@ -606,6 +606,8 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
         tree["name"] = tree.get("name") or path.stem
     # Another loss first: it decides which arguments there are.
     for text in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
+        if text.startswith("loss.name="):
+            tree["loss"] = _whole_loss(tree.get("loss", {}))
         _override(tree, text)
     return _validate(tree, source)
 
@@ -679,9 +681,9 @@ def _override(tree: dict[str, Any], given: str) -> None:
     if not equals or not key:
         raise RaydetError(f"{given!r} is not an override: write section.key=value, such as train.epochs=10")
     *sections, last = key.strip().split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         inner = tree.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict) or ".".join(sections[:depth]) in _values():
             raise RaydetError(f"{key}: no such setting; {section} is a value, not a section")
         tree = inner
     try:
@@ -701,6 +703,12 @@ def _as_typed(text: str) -> str | None:
             value = yaml.safe_load(text)
             return value if isinstance(value, str) else text
     return None if text.lower() in ("", "~", "null") else text
+
+
+def _whole_loss(loss: Any) -> Any:
+    """Add the defaults of a loss of raydet's: another loss keeps the arguments that both have, also at the default."""
+    kind = _LOSSES.get(_loss_kind(loss) or "")
+    return {**kind().model_dump(mode="json"), **loss} if kind and isinstance(loss, Mapping) else loss
 
 
 def _drop_strange_arguments(loss: dict[str, Any], name: str) -> None:
@@ -760,9 +768,14 @@ def _settings_of(kinds: tuple[Any, ...]) -> frozenset[str]:
 
 
 @cache
-def _keys() -> tuple[str, ...]:
+def _values() -> tuple[str, ...]:
+    """Return the settings that have a value, and nothing below."""
     losses = [f"loss.{key}" for kind in _LOSSES.values() for key in kind.model_fields]
-    return (*Recipe.model_fields, *_flat(Recipe().model_dump()), *losses)
+    return (*_flat(Recipe().model_dump()), *losses)
+
+
+def _keys() -> tuple[str, ...]:
+    return (*Recipe.model_fields, *_values())
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

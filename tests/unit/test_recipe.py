@@ -21,18 +21,25 @@ def keys(section: type[Section] | Section, prefix: str = "") -> set[str]:
     return found
 
 
+def test_every_setting_is_described():
+    assert keys(Recipe())
+
+
 @pytest.mark.parametrize("name", shipped())
-def test_shipped_recipes_are_valid_and_complete(name):
+def test_a_shipped_recipe_holds_only_what_differs_from_the_defaults(name):
     text = shipped()[name].read_text()
     assert text.startswith("# "), "the first line says what it is"
-    content = yaml.safe_load(text)
-    stated = {
-        f"{section}.{key}" if isinstance(values, dict) else section
-        for section, values in content.items()
-        for key in (values if isinstance(values, dict) else [section])
-    }
-    assert stated == keys(load(name)) - {"name"}
-    assert load(name).name == name
+    whole, content = load(name), yaml.safe_load(text)
+    assert whole.name == name
+    assert "name" not in content, "its file names it"
+    defaults = Recipe.model_validate({"loss": {"name": whole.loss.name}}).model_dump()
+    defaults["loss"]["name"] = Recipe().loss.name
+    mine = whole.model_dump()
+    stated = [(key, inner) for key, value in content.items() for inner in (value if isinstance(value, dict) else [""])]
+    assert stated
+    for key, inner in stated:
+        value, default = (tree[key][inner] if inner else tree[key] for tree in (mine, defaults))
+        assert value != default, f"{key}.{inner} says the default"
 
 
 def test_every_model_has_a_recipe_and_every_family_one_for_small_data():
@@ -172,6 +179,7 @@ def test_image_size_is_one_number_or_two(value):
         ("epochs=3", "epochs: no such setting; did you mean train.epochs?"),
         ("trian.epochs=3", "trian: no such setting; did you mean train?"),
         ("seed.x=3", "seed is a value, not a section"),
+        ("train.epochs.x=3", "train.epochs.x: no such setting; epochs is a value, not a section"),
         ("train.epochs=many", "train.epochs: Input should be a valid integer"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, not 0"),
         ("train.lr=.nan", "train.lr: Input should be a finite number"),
