@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from raydet.boxes import xywh_to_xyxy  # noqa: E402
 from raydet.data.index import make_index  # noqa: E402
 from raydet.evaluation.coco import MAIN_METRIC, TWELVE, CocoEvaluation  # noqa: E402
-from raydet.evaluation.measures import Found  # noqa: E402
+from raydet.evaluation.measures import Measured  # noqa: E402
 from raydet.metrics import DetectionMetrics  # noqa: E402
 
 CLASSES, BATCH, SIDE = 80, 32, 640
@@ -156,7 +156,7 @@ def grow(images: int) -> str:
     began = time.process_time()
     value = evaluation.compute()[MAIN_METRIC]
     measured = time.process_time()
-    whole = Found(evaluation.truth, evaluation.found, index.class_names)
+    whole = Measured(evaluation.truth, evaluation.found, index.class_names)
     for group in (np.arange(images) // BATCH, np.arange(images)):
         whole.measure(MAIN_METRIC, group)
     chosen = time.process_time() - measured

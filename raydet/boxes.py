@@ -16,30 +16,30 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-Boxes = TypeVar("Boxes", "Tensor", npt.NDArray[Any])
+AnyBoxes = TypeVar("AnyBoxes", "Tensor", npt.NDArray[Any])
 
 EPS = 1e-16
 
 Resize = Literal["pad_bottom_right", "pad_centre", "stretch"]
 
 
-def cxcywh_to_xyxy(boxes: Boxes) -> Boxes:
+def cxcywh_to_xyxy(boxes: AnyBoxes) -> AnyBoxes:
     """Convert [..., 4] centre and size to corners."""
     half = boxes[..., 2:] / 2
     return _join(boxes[..., :2] - half, boxes[..., :2] + half)
 
 
-def xyxy_to_cxcywh(boxes: Boxes) -> Boxes:
+def xyxy_to_cxcywh(boxes: AnyBoxes) -> AnyBoxes:
     """Convert [..., 4] corners to centre and size."""
     return _join((boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2])
 
 
-def xyxy_to_xywh(boxes: Boxes) -> Boxes:
+def xyxy_to_xywh(boxes: AnyBoxes) -> AnyBoxes:
     """Convert [..., 4] corners to COCO's left, top, width, height."""
     return _join(boxes[..., :2], boxes[..., 2:] - boxes[..., :2])
 
 
-def xywh_to_xyxy(boxes: Boxes) -> Boxes:
+def xywh_to_xyxy(boxes: AnyBoxes) -> AnyBoxes:
     """Convert [..., 4] COCO's left, top, width, height to corners."""
     return _join(boxes[..., :2], boxes[..., :2] + boxes[..., 2:])
 
@@ -122,7 +122,7 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
     return size[..., 0] * size[..., 1]
 
 
-def _join(first: Boxes, second: Boxes) -> Boxes:
+def _join(first: AnyBoxes, second: AnyBoxes) -> AnyBoxes:
     if isinstance(first, np.ndarray):
         return np.concatenate((first, second), axis=-1)
     import torch

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raydet.data.batch import Batch
     from raydet.data.index import Index
     from raydet.recipe import Recipe
-    from raydet.reports.inspect import Report
+    from raydet.reports.inspect import Inspection
 
 TOP_FINDINGS = 10  # that `inspect` prints
 
@@ -188,7 +188,7 @@ def _augmented(settings: Recipe, index: Index) -> Batch | None:
         return None
 
 
-def _summarise(report: Report) -> None:
+def _summarise(report: Inspection) -> None:
     from rich.console import Console, Group
     from rich.table import Column, Table
     from rich.text import Text

@@ -14,7 +14,7 @@ from torch import Tensor
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import BEST_THRESHOLD, RECALLS, check_truth, class_means, coco_eval, detected, twelve
-from raydet.evaluation.matching import Boxes, match, operating
+from raydet.evaluation.matching import BoxTable, match, operating
 
 
 class DetectionMetrics:
@@ -180,7 +180,7 @@ class DetectionMetrics:
         rows = np.concatenate(self._truth)
         truth = detected(rows)
         assert truth.score is not None
-        truth = Boxes(truth.image, truth.label, truth.xywh, crowd=truth.score > 0)
+        truth = BoxTable(truth.image, truth.label, truth.xywh, crowd=truth.score > 0)
         found = detected(np.concatenate(self._found))
         check_truth(truth, self._images)
         given = (range(self._images), range(1, self.num_cls + 1), self.class_names, truth, found)

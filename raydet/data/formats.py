@@ -33,7 +33,7 @@ Split = Literal["train", "val"]
 _FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid")}
 
 
-class Source(NamedTuple):
+class SplitReader(NamedTuple):
     """How to read a split: `load(store=…, **settings, problems=…)`."""
 
     load: Callable[..., Index]
@@ -124,7 +124,7 @@ def _read(data: Data, split: Split, problems: Problems) -> Index:
     elif name == "voc":
         source = _voc(store, data, split)
     elif name == "yolo":
-        source = Source(load_yolo, {"split": split, "images": annotations or images}, ("",))
+        source = SplitReader(load_yolo, {"split": split, "images": annotations or images}, ("",))
     else:
         source = _own(store, data, split)
     settings = [source.load.__name__, source.settings, source.code]
@@ -144,7 +144,7 @@ def _shards(store: Store) -> Index:
         raise RaydetError(f"{store.path('index.parquet')} cannot be read: {error}; ingest the data set again") from None
 
 
-def _coco(store: Store, split: Split, annotations: str | None, images: str | None) -> Source:
+def _coco(store: Store, split: Split, annotations: str | None, images: str | None) -> SplitReader:
     if annotations is None:
         places = [(file, images or folder) for file, folder in _coco_places(split)]
     else:
@@ -160,7 +160,7 @@ def _coco(store: Store, split: Split, annotations: str | None, images: str | Non
         )
     file, folder = [*there, *places][0]
     settings = {"annotations": file, "images": folder, "images_key": f"data.{split}_images"}
-    return Source(load_coco, settings, (file, folder))
+    return SplitReader(load_coco, settings, (file, folder))
 
 
 def _coco_places(split: Split) -> Iterator[tuple[str, str]]:
@@ -172,7 +172,7 @@ def _coco_places(split: Split) -> Iterator[tuple[str, str]]:
         yield f"{folder}/_annotations.coco.json", folder
 
 
-def _voc(store: Store, data: Data, split: Split) -> Source:
+def _voc(store: Store, data: Data, split: Split) -> SplitReader:
     places = {each: _voc_place(store, _paths(data, each)[0], each) for each in _FOLDERS}
     place = places[split]
     if place is None:
@@ -188,7 +188,7 @@ def _voc(store: Store, data: Data, split: Split) -> Source:
     folders = sorted({each[1] for each in places.values() if each is not None})
     settings = {"split_file": split_file, "annotations": annotations, "images": images, "difficult": data.difficult}
     reads = (*folders, images, *([split_file] if split_file else []))
-    return Source(load_voc, {**settings, "folders": folders}, reads)
+    return SplitReader(load_voc, {**settings, "folders": folders}, reads)
 
 
 def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | None, str] | None:
@@ -203,7 +203,7 @@ def _voc_place(store: Store, given: str | None, split: Split) -> tuple[str | Non
     return next(((None, folder) for folder in folders if store.kind(folder) == "folder"), None)
 
 
-def _own(store: Store, data: Data, split: Split) -> Source:
+def _own(store: Store, data: Data, split: Split) -> SplitReader:
     """Cached if it reads below the root, so that a change of its data is seen, and its own code is known."""
     factory = find_dataset(data.format)
     try:
@@ -213,4 +213,4 @@ def _own(store: Store, data: Data, split: Split) -> Source:
     reads_root = (accepts(factory, "root") or accepts(factory, "data_dir")) and store.kind() == "folder"
     annotations, images = _paths(data, split)
     settings = {"name": data.format, "split": split, "annotations": annotations, "images": images}
-    return Source(load_own, settings, ("",) if code and reads_root else (), code)
+    return SplitReader(load_own, settings, ("",) if code and reads_root else (), code)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from raydet.boxes import Resize, place
 from raydet.data.header import MAX_PIXELS, check_pixels, stored_size
 from raydet.data.index import Index
-from raydet.data.transforms import PAD_VALUE, Picture, Tile
+from raydet.data.transforms import PAD_VALUE, SamplePlan, Tile
 from raydet.errors import RaydetError
 from raydet.store import store
 
@@ -109,7 +109,7 @@ def letterbox(image: Array, size: tuple[int, int], resize: Resize) -> Array:
     return canvas
 
 
-class Sources:
+class SourceImages:
     """The source images of some pictures: each is read and decoded when it is first needed, and let go after the last.
 
     Args:
@@ -118,7 +118,7 @@ class Sources:
         rendered: those of them that will be rendered, in that order.
     """
 
-    def __init__(self, index: Index, pictures: Iterable[Picture], rendered: Iterable[Picture]):
+    def __init__(self, index: Index, pictures: Iterable[SamplePlan], rendered: Iterable[SamplePlan]):
         self._index = index
         self._scale: dict[int, float] = {}  # the largest at which an image is shown
         for tile in (tile for picture in pictures for tile in _tiles(picture)):
@@ -144,7 +144,7 @@ class Sources:
         """Return an image's width and height in pixels."""
         return self._index.size(row)
 
-    def expect(self, picture: Picture) -> None:
+    def expect(self, picture: SamplePlan) -> None:
         """Count on one more picture, in place of one that cannot be rendered."""
         self._uses.update(tile.source for tile in _tiles(picture))
 
@@ -182,7 +182,7 @@ class Sources:
             self._bordered[row] = bordered
         return self._bordered[row]
 
-    def done(self, picture: Picture) -> None:
+    def done(self, picture: SamplePlan) -> None:
         """Let go of what no other picture needs."""
         for tile in _tiles(picture):
             self._uses[tile.source] -= 1
@@ -201,7 +201,7 @@ class Renderer:
     def __init__(self, size: tuple[int, int]):
         self._canvases = np.empty((2, *size, 4), np.uint8)
 
-    def __call__(self, picture: Picture, sources: Sources, out: Array) -> None:
+    def __call__(self, picture: SamplePlan, sources: SourceImages, out: Array) -> None:
         """Write a picture to `out`, uint8 [H, W, 3] BGR.
 
         Raises:
@@ -224,12 +224,12 @@ class Renderer:
             cv2.cvtColor(image, cv2.COLOR_BGRA2BGR, dst=out)
 
 
-def _tiles(picture: Picture) -> Iterator[Tile]:
+def _tiles(picture: SamplePlan) -> Iterator[Tile]:
     for layer in picture.layers:
         yield from layer
 
 
-def _fit(picture: Picture, sources: Sources, out: Array) -> bool:
+def _fit(picture: SamplePlan, sources: SourceImages, out: Array) -> bool:
     """Show one whole image on whole pixels, as a letterbox does, by OpenCV's resize: faster, and the peers' pixels.
 
     Returns:
@@ -259,7 +259,7 @@ def _fit(picture: Picture, sources: Sources, out: Array) -> bool:
     return True
 
 
-def _paint(tile: Tile, sources: Sources, canvas: Array) -> None:
+def _paint(tile: Tile, sources: SourceImages, canvas: Array) -> None:
     """Resample a tile onto a canvas [H, W, 4], where it shows."""
     (a, b, x), (c, d, y) = tile.matrix
     left, top, right, bottom = tile.window

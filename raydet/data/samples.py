@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from raydet.boxes import clip
 from raydet.data.index import Index
-from raydet.data.render import Renderer, Sources
-from raydet.data.transforms import Composition, Picture, Sample, SampleTransform, Transform, sanitise
+from raydet.data.render import Renderer, SourceImages
+from raydet.data.transforms import Composition, Sample, SamplePlan, SampleTransform, Transform, sanitise
 from raydet.errors import RaydetError
 
 Array = npt.NDArray[Any]
@@ -78,7 +78,7 @@ class Samples:
         high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
         return self.rows(low, high).tolist()  # type: ignore[no-any-return]
 
-    def plan(self, position: int, rows: Sequence[int], broken: frozenset[int] = frozenset()) -> Picture:
+    def plan(self, position: int, rows: Sequence[int], broken: frozenset[int] = frozenset()) -> SamplePlan:
         """Decide what a sample shows.
 
         Args:
@@ -87,12 +87,12 @@ class Samples:
             broken: those of them that cannot be read; each gives way to the next.
         """
 
-        def image(slot: int) -> Picture:
+        def image(slot: int) -> SamplePlan:
             row = next(row for row in (*rows[slot:], *rows[:slot]) if row not in broken)
             objects, (width, height) = self.index.annotations(row), self.index.size(row)
             boxes = clip(objects.boxes, width, height)
             seen = ~objects.crowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
-            return Picture.of(row, width, height, boxes[seen], objects.labels[seen])
+            return SamplePlan.of(row, width, height, boxes[seen], objects.labels[seen])
 
         rng = np.random.default_rng((self.seed, _SAMPLE, position))
         shown = [position % self.chunk_size]
@@ -126,7 +126,7 @@ class Samples:
         rows, low = self.chunk_rows(positions[0]), positions[0] // self.chunk_size * self.chunk_size
         # The whole chunk is planned, whatever part of it is asked for: how an image is decoded depends on all its uses.
         pictures = [self.plan(position, rows) for position in range(low, low + len(rows))]
-        sources = Sources(self.index, pictures, [pictures[position - low] for position in positions])
+        sources = SourceImages(self.index, pictures, [pictures[position - low] for position in positions])
         sources.failed |= {row: f"{self.index.path(row)}: {reason}" for row, reason in (failed or {}).items()}
         renderer = Renderer(self.image_size)
         size, told = block_size or len(positions), 0
@@ -151,7 +151,13 @@ class Samples:
         return Sample(image, boxes, block["labels"].combine_chunks().flatten().to_numpy())
 
     def _sample(
-        self, position: int, picture: Picture, rows: Sequence[int], sources: Sources, renderer: Renderer, out: Array
+        self,
+        position: int,
+        picture: SamplePlan,
+        rows: Sequence[int],
+        sources: SourceImages,
+        renderer: Renderer,
+        out: Array,
     ) -> Sample:
         """Render a picture to `out`, and what is on it."""
         shown = picture

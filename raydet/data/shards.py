@@ -47,7 +47,7 @@ _ANNOTATIONS = ["image_id", "path", "width", "height", "boxes", "labels", "crowd
 
 
 @dataclass(frozen=True)
-class Summary:
+class Ingested:
     """What is in a split's folder.
 
     Attributes:
@@ -113,7 +113,7 @@ def ingest(
     verify: bool = False,
     verbose: bool = False,
     say: Callable[[str], Any] = print,
-) -> dict[str, Summary]:
+) -> dict[str, Ingested]:
     """Write a data set as shards, or go on where that was interrupted.
 
     To train from them: `data.format=shards data.root={out}`.
@@ -151,7 +151,7 @@ def ingest(
     indices = {split: load_index(data, split, problems[split]) for split in problems}
     started = connect(Scale(), verbose)
     try:
-        summaries: dict[str, Summary] = {}
+        summaries: dict[str, Ingested] = {}
         for split, index in indices.items():
             target = Store(out).below(split)
             say(f"{split}: {len(index):,} images to {target.root}")
@@ -178,7 +178,7 @@ def ingest_index(
     seed: int = 0,
     verify: bool = False,
     say: Callable[[str], Any] = print,
-) -> Summary:
+) -> Ingested:
     """Write the images of an index as shards in tasks of Ray Data, then the index of the shards.
 
     Args:
@@ -197,7 +197,7 @@ def ingest_index(
     waiting = [number for number in range(plan.shards) if number not in parts]
     if parts and waiting:
         say(f"{len(parts)} of {plan.shards} shards are done already")
-    job = _Job(index, out, plan, known, problems.on_error, problems.max_errors)
+    job = _IngestJob(index, out, plan, known, problems.on_error, problems.max_errors)
     seen = written = 0
     for number, part, is_new in _run(job, waiting):
         seen += part.size
@@ -210,7 +210,7 @@ def ingest_index(
     shards = _index_of_shards(index, out, [parts[number] for number in range(plan.shards)])
     if written or verify or out.kind(INDEX) != "file":
         out.write(INDEX, shards.save())
-    return Summary(
+    return Ingested(
         images=len(shards),
         boxes=shards.num_boxes,
         shards=plan.shards,
@@ -308,7 +308,7 @@ def _index_of_shards(index: Index, out: Store, parts: Sequence[_Part]) -> Index:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _IngestJob:
     """What the tasks get, once a node."""
 
     index: Index
@@ -412,7 +412,7 @@ def _find(images: Sequence[bytes], content: bytes, path: str) -> list[int]:
     return offsets
 
 
-def _run(job: _Job, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, bool]]:
+def _run(job: _IngestJob, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, bool]]:
     """Make shards in Ray Data tasks, one each; yield number, what is in it, and whether it is new, as they are done."""
     import ray
     import ray.data
@@ -439,7 +439,7 @@ def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[
     """Runs in a Ray Data task: makes the shards whose places in `numbers` are in the batch."""
     import ray
 
-    work: _Job = ray.get(job)
+    work: _IngestJob = ray.get(job)
     for place in batch["id"].to_pylist():
         number, is_new, part, message = numbers[place], False, "", ""
         try:

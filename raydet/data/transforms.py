@@ -1,9 +1,9 @@
-"""Transforms: small classes that take a picture and a random generator, and return the picture changed.
+"""Transforms: small classes that take the plan of a sample and a random generator, and return the plan changed.
 
-A `Picture` is a plan, not pixels: which parts of which source images lie where, and the boxes on them. A transform of
-geometry only multiplies matrices, so that mosaic, affine, mixup, flips and letterbox together cost one resampling of
-each source image (`raydet.data.render`), and boxes follow the very matrices that the pixels do. Transforms of the
-user's own get a `Sample`, which has pixels.
+A `SamplePlan` has no pixels. It says which parts of which source images lie where, and which boxes are on them. A
+geometric transform only multiplies matrices, so that mosaic, affine, mixup, flips and letterbox together cost one
+resampling of each source image (`raydet.data.render`), and boxes follow the same matrices as the pixels. A transform of
+the user's own gets a `Sample`, which has pixels.
 
 Coordinates are those of pixel edges: pixel i spans i … i + 1. All random numbers are drawn from the generator that a
 transform is given, so that a sample depends on its seed alone.
@@ -70,7 +70,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Picture:
+class SamplePlan:
     """What a sample will show.
 
     Attributes:
@@ -88,20 +88,20 @@ class Picture:
     colours: tuple[PixelTransform, ...] = ()
 
     @staticmethod
-    def of(source: int, width: int, height: int, boxes: Array, labels: Array) -> Picture:
+    def of(source: int, width: int, height: int, boxes: Array, labels: Array) -> SamplePlan:
         """Return a whole source image as it is."""
         whole = Tile(source, scaling(1.0, 1.0), (0.0, 0.0, float(width), float(height)))
-        return Picture((height, width), ((whole,),), boxes, labels)
+        return SamplePlan((height, width), ((whole,),), boxes, labels)
 
-    def moved(self, matrix: Matrix, size: tuple[int, int]) -> Picture:
+    def moved(self, matrix: Matrix, size: tuple[int, int]) -> SamplePlan:
         """Return the picture under an affine map, on a canvas of `size`; boxes become hulls, not clipped."""
         layers = tuple(
             tuple(Tile(source, _after(matrix, first), window) for source, first, window in layer)
             for layer in self.layers
         )
-        return Picture(size, layers, _hulls(self.boxes, matrix), self.labels, self.colours)
+        return SamplePlan(size, layers, _hulls(self.boxes, matrix), self.labels, self.colours)
 
-    def visible(self, min_visible: float, min_side: float, max_aspect: float) -> Picture:
+    def visible(self, min_visible: float, min_side: float, max_aspect: float) -> SamplePlan:
         """Return the picture with its boxes clipped, and only those of which enough is left.
 
         Args:
@@ -141,7 +141,7 @@ def _hulls(boxes: Array, matrix: Matrix) -> Array:
 class Transform(Protocol):
     """What plans a picture: one in, one out."""
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         """Return the picture transformed; the one that came in stays as it was."""
         ...
 
@@ -158,7 +158,7 @@ class Letterbox:
     size: tuple[int, int]
     resize: Resize = "pad_bottom_right"
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         height, width = picture.size
         to = place(width, height, self.size, self.resize)
         return picture.moved(scaling(to.width / width, to.height / height, to.left, to.top), self.size)
@@ -168,7 +168,7 @@ class Letterbox:
 class RandomAffine:
     """Rotate, scale, shear and shift about the centre, onto a canvas of `size` = (height, width).
 
-    The order is SuperGradients': centre, then rotation and scale, shear, translation. See `Picture.visible` for the
+    The order is SuperGradients': centre, then rotation and scale, shear, translation. See `SamplePlan.visible` for the
     objects that are kept.
 
     Args:
@@ -191,7 +191,7 @@ class RandomAffine:
     min_side: float = 2.0
     max_aspect: float = 20.0
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         angle, shear_x, shear_y, shift_x, shift_y = rng.uniform(-1, 1, 5).tolist()
         factor = rng.uniform(*self.scale)
         turn = math.radians(angle * self.degrees)
@@ -212,7 +212,7 @@ class HorizontalFlip:
 
     prob: float
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         if rng.random() >= self.prob:
             return picture
         return picture.moved(scaling(-1, 1, left=picture.size[1]), picture.size)
@@ -224,7 +224,7 @@ class VerticalFlip:
 
     prob: float
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         if rng.random() >= self.prob:
             return picture
         return picture.moved(scaling(1, -1, top=picture.size[0]), picture.size)
@@ -236,7 +236,7 @@ class Rotate90:
 
     prob: float
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         drawn, quarters = rng.random() < self.prob, rng.integers(1, 4)
         if not drawn:
             return picture
@@ -259,7 +259,7 @@ class HSV:
     saturation: int
     value: int
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         drawn = rng.random() < self.prob
         limits = np.array([self.hue, self.saturation, self.value])
         shifts = (rng.uniform(-1, 1, 3) * limits).astype(int) * rng.integers(0, 2, 3)
@@ -295,7 +295,7 @@ class ChannelSwap:
 
     prob: float
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator) -> SamplePlan:
         if rng.random() >= self.prob:
             return picture
         return replace(picture, colours=(*picture.colours, _swap_channels))
@@ -339,8 +339,8 @@ class Composition(Protocol):
 
     partners: ClassVar[int]
 
-    def __call__(self, picture: Picture, rng: np.random.Generator, others: Sequence[Picture]) -> Picture:
-        """Return the picture with the others; they are `Picture.of` whole images."""
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator, others: Sequence[SamplePlan]) -> SamplePlan:
+        """Return the picture with the others; they are `SamplePlan.of` whole images."""
         ...
 
 
@@ -356,7 +356,7 @@ class Mosaic:
     alone: Letterbox
     partners: ClassVar[int] = 3
 
-    def __call__(self, picture: Picture, rng: np.random.Generator, others: Sequence[Picture]) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator, others: Sequence[SamplePlan]) -> SamplePlan:
         if rng.random() >= self.prob:
             return self.alone(picture, rng)
         height, width = self.alone.size
@@ -377,7 +377,7 @@ class Mosaic:
             boxes.append(clip(placed.boxes, canvas[1], canvas[0]))
         every, labels = np.concatenate(boxes), np.concatenate([part.labels for part in (picture, *others)])
         shown = (every[:, 2:] > every[:, :2]).all(1)
-        return Picture(canvas, (tuple(tiles),), every[shown], labels[shown])
+        return SamplePlan(canvas, (tuple(tiles),), every[shown], labels[shown])
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,7 @@ class Mixup:
     """With probability `prob`, the mean of the picture and another image (YOLOX's form of Zhang et al., 2018).
 
     The other image is fitted into `size`, scaled by a factor from `scale`, mirrored in half of the cases, and cut out
-    at random where it is larger; where it is smaller, it lies at the top left. See `Picture.visible` for its objects
+    at random where it is larger; where it is smaller, it lies at the top left. See `SamplePlan.visible` for its objects
     that are kept.
     """
 
@@ -397,7 +397,7 @@ class Mixup:
     max_aspect: float = 20.0
     partners: ClassVar[int] = 1
 
-    def __call__(self, picture: Picture, rng: np.random.Generator, others: Sequence[Picture]) -> Picture:
+    def __call__(self, picture: SamplePlan, rng: np.random.Generator, others: Sequence[SamplePlan]) -> SamplePlan:
         drawn, factor, mirror = rng.random() < self.prob, rng.uniform(*self.scale), rng.random() < 0.5
         across, down = rng.random(2).tolist()
         if not drawn:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from raydet.boxes import xywh_to_xyxy, xyxy_to_xywh
 from raydet.errors import RaydetError
-from raydet.evaluation.matching import Boxes, match, operating
+from raydet.evaluation.matching import BoxTable, match, operating
 
 if TYPE_CHECKING:
     from raydet.data.index import Index
@@ -105,12 +105,12 @@ class CocoEvaluation:
         self._found = [part["found"] for part in parts]
 
     @property
-    def found(self) -> Boxes:
+    def found(self) -> BoxTable:
         """The detections by rows of the index: by image, in each as they were given."""
         return detected(np.concatenate(self._found))
 
     @property
-    def truth(self) -> Boxes:
+    def truth(self) -> BoxTable:
         """The objects of the images that were given, by rows of the index."""
         return objects(self._index, np.array(self._rows, int))
 
@@ -158,8 +158,8 @@ class CocoEvaluation:
         point = [*(float(values[best]) for values in means), float(RECALLS[best])]
         return metrics | dict(zip(_OPERATING, point, strict=True))
 
-    def _in_ids(self, boxes: Boxes) -> Boxes:
-        return Boxes(self._index.image_ids[boxes.image], *list(vars(boxes).values())[1:])
+    def _in_ids(self, boxes: BoxTable) -> BoxTable:
+        return BoxTable(self._index.image_ids[boxes.image], *list(vars(boxes).values())[1:])
 
 
 class Beyond(NamedTuple):
@@ -209,25 +209,25 @@ def beyond(index: Index, max_dets: int, max_detections: int) -> list[Beyond]:
     return found
 
 
-def objects(index: Index, rows: npt.NDArray[np.integer] | None = None) -> Boxes:
+def objects(index: Index, rows: npt.NDArray[np.integer] | None = None) -> BoxTable:
     """Return the objects of an index, or of some of its rows; images are numbered by row."""
     image, (boxes, labels, crowd, area) = index.objects()
-    truth = Boxes(image, labels, xyxy_to_xywh(boxes), crowd=crowd, area=area)
+    truth = BoxTable(image, labels, xyxy_to_xywh(boxes), crowd=crowd, area=area)
     return truth if rows is None else truth[np.isin(image, rows)]
 
 
-def detected(rows: npt.NDArray[np.floating]) -> Boxes:
+def detected(rows: npt.NDArray[np.floating]) -> BoxTable:
     """Return detections [n, 7]: image, x1, y1, x2, y2, score, class; by image, in each in their order."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")].astype(np.float64)
-    return Boxes(rows[:, 0].astype(int), rows[:, 6].astype(int), xyxy_to_xywh(rows[:, 1:5]), score=rows[:, 5])
+    return BoxTable(rows[:, 0].astype(int), rows[:, 6].astype(int), xyxy_to_xywh(rows[:, 1:5]), score=rows[:, 5])
 
 
 def coco_eval(
     images: Sequence[int] | npt.NDArray[np.integer],
     category_ids: Sequence[int],
     class_names: Sequence[str],
-    truth: Boxes,
-    found: Boxes,
+    truth: BoxTable,
+    found: BoxTable,
     parameters: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return hotcoco's COCOeval, evaluated and accumulated.
@@ -262,7 +262,7 @@ def coco_eval(
     return evaluation
 
 
-def check_truth(truth: Boxes, images: int) -> None:
+def check_truth(truth: BoxTable, images: int) -> None:
     """Raise RaydetError where there is nothing to measure on."""
     if truth.crowd is None or truth.crowd.all():
         raise RaydetError(

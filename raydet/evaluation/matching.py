@@ -20,7 +20,7 @@ _PAIRS_AT_ONCE = 2**18  # of a detection and an object: 40 MB while their IoU is
 
 
 @dataclass(frozen=True)
-class Boxes:
+class BoxTable:
     """Boxes of many images, the objects or the detections.
 
     Attributes:
@@ -39,9 +39,9 @@ class Boxes:
     crowd: Bools | None = None
     area: Floats | None = None
 
-    def __getitem__(self, which: Ints | Bools) -> Boxes:
+    def __getitem__(self, which: Ints | Bools) -> BoxTable:
         """Return some of them."""
-        return Boxes(*(None if part is None else part[which] for part in vars(self).values()))  # type: ignore[arg-type]
+        return BoxTable(*(None if part is None else part[which] for part in vars(self).values()))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.image)
@@ -81,7 +81,7 @@ class Matches:
         return replace(self, right=self.right[levels], ignored=self.ignored[levels])
 
 
-def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
+def match(truth: BoxTable, found: BoxTable, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
     """Give objects to detections as the COCO API does.
 
     In each image and class the detections, best first, take the object that they overlap most of those that are left.
@@ -117,7 +117,7 @@ def match(truth: Boxes, found: Boxes, num_classes: int, ious: Floats, top_k: int
     return Matches(found.score, found.label, found.image, right, ignored & ~right, objects, given, rank)
 
 
-def _groups(truth: Boxes, found: Boxes, num_classes: int) -> tuple[Ints, Ints]:
+def _groups(truth: BoxTable, found: BoxTable, num_classes: int) -> tuple[Ints, Ints]:
     """Number the pairs of image and class."""
     objects, detections = (boxes.image.astype(np.int64) * num_classes + boxes.label for boxes in (truth, found))
     return objects, detections
@@ -134,7 +134,7 @@ def _rank_in_group(groups: Ints) -> Ints:
 
 
 def _near(
-    truth: Boxes, found: Boxes, group_of_truth: Ints, group_of_found: Ints, crowd: Bools, iou: float
+    truth: BoxTable, found: BoxTable, group_of_truth: Ints, group_of_found: Ints, crowd: Bools, iou: float
 ) -> tuple[Ints, Ints, Floats]:
     """Return the detection, the object and the IoU of all pairs of a group that overlap so much, by detection."""
     order = np.argsort(group_of_truth, kind="stable")

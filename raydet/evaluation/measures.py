@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from raydet.errors import RaydetError, did_you_mean
 from raydet.evaluation.coco import IOUS, MAIN_METRIC, MAX_DETS, RECALLS
-from raydet.evaluation.matching import Boxes, Floats, Ints, Matches, average_precision, match, operating
+from raydet.evaluation.matching import BoxTable, Floats, Ints, Matches, average_precision, match, operating
 
 _AP, _AR = "AP@0.50:0.95_", "AR@0.50:0.95_max="
 _ALL, _LOWEST = slice(None), slice(0, 1)  # of IOUS
@@ -32,7 +32,7 @@ def check(name: str, class_names: Sequence[str], key: str, max_dets: int = MAX_D
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """Images with their objects and their detections; images are numbered from 0.
 
     Attributes:
@@ -42,8 +42,8 @@ class Found:
         max_dets: the best so many detections of each class in an image count.
     """
 
-    truth: Boxes
-    found: Boxes
+    truth: BoxTable
+    found: BoxTable
     class_names: Sequence[str]
     max_dets: int = MAX_DETS
 

@@ -68,7 +68,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Summary:
+class BatchPredicted:
     """What is in a folder of detections.
 
     Attributes:
@@ -92,7 +92,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PredictJob:
     """What the actors get, once a node."""
 
     model: Any
@@ -126,7 +126,7 @@ def batch_predict(
     max_pixels: int = MAX_PIXELS,
     verbose: bool = False,
     say: Callable[[str], Any] = print,
-) -> Summary:
+) -> BatchPredicted:
     """Detect in all images below a folder, or go on where that was interrupted.
 
     Args:
@@ -186,7 +186,7 @@ def batch_predict(
         "shard_images": shard_images,
     }
     there = _open(target, manifest)
-    job = _Job(model, config, thresholds, images, list(listed), target, shard_images, batch_size, max_pixels)
+    job = _PredictJob(model, config, thresholds, images, list(listed), target, shard_images, batch_size, max_pixels)
     parts = range(-(-len(listed) // shard_images))
     waiting = [number for number in parts if _name(number) not in there]
     done = 0
@@ -201,7 +201,7 @@ def batch_predict(
                 stack.callback(ray.shutdown)
             done = _run(job, waiting, actors, known, say)
     failed = _finish(job, len(parts), form)
-    return Summary(len(listed), failed, done, time.monotonic() - began, target.root)
+    return BatchPredicted(len(listed), failed, done, time.monotonic() - began, target.root)
 
 
 def _open(out: Store, ours: dict[str, Any]) -> set[str]:
@@ -228,7 +228,7 @@ def _open(out: Store, ours: dict[str, Any]) -> set[str]:
     return there
 
 
-def _run(job: _Job, numbers: Sequence[int], actors: int | None, known: int, say: Callable[[str], Any]) -> int:
+def _run(job: _PredictJob, numbers: Sequence[int], actors: int | None, known: int, say: Callable[[str], Any]) -> int:
     """Make parts in actors of Ray Data, and return the number of their images."""
     import ray
     import ray.data
@@ -290,7 +290,7 @@ class _Detector:
         from raydet.predict.predictor import Predictor
 
         cv2.setNumThreads(0)  # images are read side by side: one thread each
-        self.job: _Job = ray.get(job)
+        self.job: _PredictJob = ray.get(job)
         self.attempts = attempts
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.predictor = Predictor(self.job.model, self.job.config, device)
@@ -376,7 +376,7 @@ def _encode(rows: Sequence[dict[str, Any]]) -> memoryview:
     return sink.getbuffer()
 
 
-def _finish(job: _Job, parts: int, form: str) -> int:
+def _finish(job: _PredictJob, parts: int, form: str) -> int:
     """Check the parts, write what is made of all of them, and return the number of images that could not be read.
 
     Raises:

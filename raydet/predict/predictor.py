@@ -123,7 +123,7 @@ class Found(list[Detections]):
         self.failed = dict(failed)
 
 
-class Stream:
+class DetectionStream:
     """Detections of a source, made as they are asked for; each iteration begins anew.
 
     Args:
@@ -207,7 +207,7 @@ class Predictor:
         iou: float | None = None,
         batch_size: int = 16,
         max_pixels: int = MAX_PIXELS,
-    ) -> Detections | Found | Stream:
+    ) -> Detections | Found | DetectionStream:
         """Detect in anything that shows something.
 
         Args:
@@ -223,7 +223,7 @@ class Predictor:
 
         Returns:
             Of one image its `Detections`; of many a list of them, in which `failed` says which files could not be
-            read; of a video, or a list with one in it, a `Stream`, which reads frames as it is iterated.
+            read; of a video, or a list with one in it, a `DetectionStream`, which reads frames as it is iterated.
 
         Raises:
             RaydetError: there is nothing of the kind, or the one image cannot be read.
@@ -243,7 +243,7 @@ class Predictor:
         iou: float | None = None,
         batch_size: int = 16,
         max_pixels: int = MAX_PIXELS,
-    ) -> Stream:
+    ) -> DetectionStream:
         """Return the detections of any number of images or frames, made as they are asked for.
 
         Arguments and errors are those of `predict`.
@@ -251,7 +251,7 @@ class Predictor:
         if batch_size < 1:
             raise RaydetError(f"batch_size is {batch_size}: it must be at least 1")
         opened = source if isinstance(source, Source) else open_source(source, max_pixels)
-        return Stream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
+        return DetectionStream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
 
     def fit(self, image: Image) -> Image:
         """Return an image [H, W, 3] BGR fitted into the model's input, uint8 [h, w, 3] BGR."""

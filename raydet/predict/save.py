@@ -19,7 +19,7 @@ from rich.progress import track
 
 from raydet.data.header import MAX_PIXELS
 from raydet.errors import RaydetError
-from raydet.predict.predictor import Stream
+from raydet.predict.predictor import DetectionStream
 from raydet.predict.sources import Image, Source, open_source
 from raydet.store import Store, is_uri
 from raydet.visualization import PICTURE_SUFFIXES, encode_picture, write_video
@@ -156,7 +156,7 @@ def picture_files(names: Mapping[str, str]) -> dict[str, str]:
     return {key: files[key] for key in names}
 
 
-def save(stream: Stream, target: Target) -> Saved:
+def save(stream: DetectionStream, target: Target) -> Saved:
     """Detect, write pictures or the video, and detections.json; with a bar that shows how far it is.
 
     Ctrl-C ends what comes from a camera; the video is kept.
@@ -193,7 +193,7 @@ def save(stream: Stream, target: Target) -> Saved:
     return Saved(images, stream.failed, summary)
 
 
-def _frames(stream: Stream, name: str, results: list[dict[str, Any]]) -> Iterator[Image]:
+def _frames(stream: DetectionStream, name: str, results: list[dict[str, Any]]) -> Iterator[Image]:
     """Yield frames with their boxes, and put those in COCO's form into `results`."""
     video = stream.source.videos[0]
     try:

@@ -137,7 +137,7 @@ class Figure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class Inspection:
     """What `inspect` found.
 
     Attributes:
@@ -178,7 +178,7 @@ def inspect(
     decoded: Mapping[str, Sequence[Decoded]] | None = None,
     augmented: Batch | None = None,
     seed: int = 0,
-) -> Report:
+) -> Inspection:
     """Look at a data set.
 
     Args:
@@ -212,7 +212,7 @@ def inspect(
     galleries[f"Rarest classes of {first}"] = _rare_figures(train, rng)
     if augmented is not None:
         galleries["Training samples as the model gets them"] = _augmented_figures(augmented, train.class_names)
-    return Report(root, statistics, findings, galleries)
+    return Inspection(root, statistics, findings, galleries)
 
 
 def measure(index: Index) -> Statistics:

@@ -23,7 +23,7 @@ from raydet.reports.inspect import (
     RELATIVE_SIZES,
     Figure,
     Finding,
-    Report,
+    Inspection,
     Statistics,
 )
 
@@ -35,7 +35,7 @@ SIZES = 5  # image sizes that are listed
 JPEG_QUALITY = 82
 
 
-def render(report: Report) -> str:
+def render(report: Inspection) -> str:
     """Return the report as an HTML page. Names come from the data, and are escaped."""
     name = report.root.rstrip("/").rpartition("/")[2] or report.root
     sections = {

@@ -27,7 +27,7 @@ from raydet.devices import everyone, gathered
 from raydet.errors import RaydetError
 from raydet.evaluation import measures
 from raydet.evaluation.coco import CocoEvaluation, detected
-from raydet.evaluation.matching import Boxes
+from raydet.evaluation.matching import BoxTable
 from raydet.losses.base import PartialLoss, alone, has_terms
 from raydet.postprocess import PostPrediction
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
@@ -225,7 +225,7 @@ class ValPictures:
     def _measured(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> dict[str, tuple[Array, Array]]:
         """Return each measure that is asked for, of this rank's batches and of their images."""
         names = self._job.config.class_names
-        whole = measures.Found(evaluation.truth, evaluation.found, names, evaluation.max_dets)
+        whole = measures.Measured(evaluation.truth, evaluation.found, names, evaluation.max_dets)
         rows = np.array([row for batch in self._batches for row in batch], int)
         of_row = np.zeros(rows.max(initial=-1) + 1, int)
         sizes = [len(batch) for batch in self._batches]
@@ -349,7 +349,7 @@ class _Seen:
         return value, _of_term(shares.numpy(), component) * len(shares) * self._world.size
 
     @cached_property
-    def _both(self) -> tuple[measures.Found, measures.Found]:
+    def _both(self) -> tuple[measures.Measured, measures.Measured]:
         """This rank's images, and the batch of all ranks."""
         assert self._found is not None
         images = len(self._batch.images)
@@ -420,10 +420,10 @@ def _loss_alone(criterion: nn.Module, outputs: Any, batch: Batch) -> tuple[Array
     return components.float().cpu().numpy(), shares.float().cpu().numpy()
 
 
-def _measurable(truth: Array, found: Array, job: Job) -> measures.Found:
+def _measurable(truth: Array, found: Array, job: Job) -> measures.Measured:
     """Objects [m, 6] = image, xyxy, class, and detections [n, 7] = image, xyxy, score, class."""
-    objects = Boxes(truth[:, 0].astype(int), truth[:, 5].astype(int), xyxy_to_xywh(truth[:, 1:5]))
-    return measures.Found(objects, detected(found), job.config.class_names, job.recipe.eval.max_dets)
+    objects = BoxTable(truth[:, 0].astype(int), truth[:, 5].astype(int), xyxy_to_xywh(truth[:, 1:5]))
+    return measures.Measured(objects, detected(found), job.config.class_names, job.recipe.eval.max_dets)
 
 
 def _picture(image: Any, truth: tuple[Array, Array], found: Array | None, entry: Pictures, caption: str) -> Shown:

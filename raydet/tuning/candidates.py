@@ -18,7 +18,7 @@ from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.errors import RaydetError
-from raydet.evaluation.matching import Boxes, Ints
+from raydet.evaluation.matching import BoxTable, Ints
 from raydet.postprocess import Candidates, PostPrediction
 from raydet.predict.predictor import post_prediction
 from raydet.runs.log import RunLog
@@ -118,7 +118,7 @@ class CandidateSet:
         ]
         rows = np.repeat(np.arange(len(index)), np.diff(ends))
         xywh = xyxy_to_xywh(np.concatenate(original).astype(np.float64))
-        self._boxes = Boxes(rows, labels.numpy(), xywh, score=scores.numpy().astype(np.float64))
+        self._boxes = BoxTable(rows, labels.numpy(), xywh, score=scores.numpy().astype(np.float64))
         self._starts = ends[:-1]
         self._best = [_best_of_each_point(found.points.numpy()) for found in self._images]
 
@@ -132,7 +132,7 @@ class CandidateSet:
         """Give each image's candidates, best first."""
         return iter(self._images)
 
-    def detect(self, callback: PostPrediction) -> tuple[Boxes, Ints]:
+    def detect(self, callback: PostPrediction) -> tuple[BoxTable, Ints]:
         """Return the detections that NMS leaves, as a validation has them, and their places by image."""
         which, places = [], []
         for start, found, best in zip(self._starts, self._images, self._best, strict=True):

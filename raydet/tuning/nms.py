@@ -209,7 +209,7 @@ def _on_ray(
     import ray
     from ray import tune
 
-    class Trial(tune.Trainable):  # type: ignore[misc]
+    class SettingsTrial(tune.Trainable):  # type: ignore[misc]
         """An actor that goes on to the next NMS without being made anew."""
 
         def setup(self, config: dict[str, Any], search: Search, work: list[list[Setting]]) -> None:
@@ -235,7 +235,7 @@ def _on_ray(
             stack.callback(ray.shutdown)
         notes = stack.enter_context(tempfile.TemporaryDirectory(prefix="raydet-tune-nms-"))
         tuner = tune.Tuner(
-            tune.with_parameters(Trial, search=search, work=work),
+            tune.with_parameters(SettingsTrial, search=search, work=work),
             param_space={"number": tune.grid_search(list(range(len(work))))},
             tune_config=tune.TuneConfig(metric="best", mode="max", reuse_actors=True),
             run_config=tune.RunConfig(

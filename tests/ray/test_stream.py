@@ -12,7 +12,7 @@ from raydet.data.coco import load_coco
 from raydet.data.pipeline import train_samples, val_samples
 from raydet.data.stream import DataTasks
 from raydet.recipe import load
-from raydet.training.on_ray import on_ray as _on_ray
+from raydet.training.on_ray import on_ray
 from raydet.training.prepare import make_job
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -113,7 +113,7 @@ def streams(settings, indices):
             train_samples(recipe, indices[0], "pad_bottom_right"),
             val_samples(recipe, indices[1], "pad_bottom_right"),
         )
-        found[workers] = _on_ray(record, job, pair, verbose=False, say=print)
+        found[workers] = on_ray(record, job, pair, verbose=False, say=print)
     return found
 
 

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from raydet import boxes, metrics, models, postprocess, visualization
-from raydet import outputs as anchors
+from raydet import boxes, metrics, models, outputs, postprocess, visualization
 from raydet.data import transforms
-from raydet.data import transforms as mosaic
 from raydet.data.index import make_index
 from raydet.data.own import TargetFormat, index_of_records
-from raydet.evaluation import coco as evaluation
-from raydet.evaluation import matching, measures
+from raydet.evaluation import coco, matching, measures
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss, assignment
 from raydet.losses.base import PartialLoss
-from raydet.outputs import DFLOutput
+from raydet.outputs import DFLOutput, ssd_default_boxes
 from raydet.predict.export import compare
 from raydet.predict.predictor import post_prediction
 from raydet.recipe import Eval
@@ -46,12 +43,12 @@ def some_index():
 
 def some_boxes(kind):
     xywh = boxes.xyxy_to_xywh(CORNERS).astype(kind)
-    return matching.Boxes(IMAGES.copy(), LABELS.copy(), xywh, SCORES.astype(kind), CROWD.copy(), xywh[:, 2] * 3)
+    return matching.BoxTable(IMAGES.copy(), LABELS.copy(), xywh, SCORES.astype(kind), CROWD.copy(), xywh[:, 2] * 3)
 
 
 def some_matches(kind):
     found = some_boxes(kind)
-    return matching.match(found, found, CLASSES, evaluation.IOUS)
+    return matching.match(found, found, CLASSES, coco.IOUS)
 
 
 def detections(kind):
@@ -59,11 +56,11 @@ def detections(kind):
 
 
 def coco_of(boxes_of_both):
-    return evaluation.coco_eval((0, 1), (1, 2, 3), ("a", "b", "c"), boxes_of_both, boxes_of_both)
+    return coco.coco_eval((0, 1), (1, 2, 3), ("a", "b", "c"), boxes_of_both, boxes_of_both)
 
 
 def evaluate(found):
-    whole = evaluation.CocoEvaluation(some_index())
+    whole = coco.CocoEvaluation(some_index())
     whole.update([0, 1], found)
     return whole.compute(), whole.results(), whole.to_bytes()
 
@@ -98,7 +95,7 @@ def outputs_of(loss, kind):
     if issubclass(loss, YoloXDetectionLoss):
         return [some(2, 1, SIDE // stride, SIDE // stride, 5 + CLASSES) for stride in (8, 16, 32)]
     if loss is SSDLoss:
-        defaults = len(anchors.ssd_default_boxes((SIDE, SIDE)))
+        defaults = len(ssd_default_boxes((SIDE, SIDE)))
         return some(2, 4, defaults), some(2, CLASSES + 1, defaults)
     points = torch.cat([torch.full((count, 2), 30.0) for count in levels])
     around, strides = torch.cat((points - 20, points + 20), dim=1), torch.full((sum(levels), 1), 8.0)
@@ -106,7 +103,7 @@ def outputs_of(loss, kind):
 
 
 def loss_of(loss, outputs, targets, **settings):
-    given = (anchors.ssd_default_boxes((SIDE, SIDE)), (SIDE, SIDE)) if loss is SSDLoss else ()
+    given = (ssd_default_boxes((SIDE, SIDE)), (SIDE, SIDE)) if loss is SSDLoss else ()
     criterion = loss(*given, num_classes=CLASSES, **settings)
     criterion(outputs, targets)
     whole = PartialLoss(criterion)
@@ -143,7 +140,7 @@ def visualize(images, found, targets, units):
 
 
 def picture(kind):
-    return transforms.Picture.of(0, 100, 80, CORNERS.astype(kind), LABELS.astype(np.int32))
+    return transforms.SamplePlan.of(0, 100, 80, CORNERS.astype(kind), LABELS.astype(np.int32))
 
 
 PLANS = [
@@ -155,7 +152,7 @@ PLANS = [
     transforms.HSV(1, 20, 50, 50),
     transforms.ChannelSwap(1),
 ]
-COMPOSITIONS = [mosaic.Mosaic(1, transforms.Letterbox((64, 64))), mosaic.Mixup(1, (64, 64), (0.5, 1.5))]
+COMPOSITIONS = [transforms.Mosaic(1, transforms.Letterbox((64, 64))), transforms.Mixup(1, (64, 64), (0.5, 1.5))]
 
 
 def colour(change, image):
@@ -183,51 +180,51 @@ CASES = {
     },
     "boxes.iou": (boxes.iou, lambda n, t: (tensor(CORNERS, t), tensor(CORNERS[::-1].copy(), t))),
     "boxes.giou": (boxes.giou, lambda n, t: (tensor(CORNERS, t), tensor(CORNERS[::-1].copy(), t))),
-    "anchors.decode_yolox": (
-        anchors.decode_yolox,
+    "outputs.decode_yolox": (
+        outputs.decode_yolox,
         lambda n, t: (tensor(SIZES / 50, t)[None], tensor(SIZES[:, :2], t), tensor(SIZES[:, 2:3], t)),
     ),
-    "anchors.decode_dfl": (
-        anchors.decode_dfl,
+    "outputs.decode_dfl": (
+        outputs.decode_dfl,
         lambda n, t: (
             torch.ones(1, 3, 4 * BINS, dtype=t),
             tensor(SIZES[:, :2], t),
             tensor(SIZES[:, 2:3], t),
         ),
     ),
-    "anchors.decode_ssd": (
-        anchors.decode_ssd,
+    "outputs.decode_ssd": (
+        outputs.decode_ssd,
         lambda n, t: (tensor(SIZES / 50, t)[None], tensor(SIZES / 100, t), (100, 100)),
     ),
-    "anchors.encode_ssd": (anchors.encode_ssd, lambda n, t: (tensor(SIZES / 50, t), tensor(SIZES / 100, t))),
+    "outputs.encode_ssd": (outputs.encode_ssd, lambda n, t: (tensor(SIZES / 50, t), tensor(SIZES / 100, t))),
     "matching.match": (
-        lambda *given: matching.match(*given, CLASSES, evaluation.IOUS.copy()),
+        lambda *given: matching.match(*given, CLASSES, coco.IOUS.copy()),
         lambda n, t: (some_boxes(n), some_boxes(n)),
     ),
-    "matching.counts": (matching.counts, lambda n, t: (some_matches(n), evaluation.RECALLS.astype(n), np.ones(4, n))),
+    "matching.counts": (matching.counts, lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n))),
     "matching.average_precision": (
         matching.average_precision,
-        lambda n, t: (some_matches(n), evaluation.RECALLS.astype(n), np.ones(4, n)),
+        lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n)),
     ),
     "matching.operating": (
         matching.operating,
-        lambda n, t: (some_matches(n), evaluation.RECALLS.astype(n), np.ones(4, n)),
+        lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n)),
     ),
     **{
-        f"measures.Found.measure {name}": (
-            lambda one, other, group, name=name: measures.Found(one, other, ("a", "b", "c")).measure(name, group),
+        f"measures.Measured.measure {name}": (
+            lambda one, other, group, name=name: measures.Measured(one, other, ("a", "b", "c")).measure(name, group),
             lambda n, t: (some_boxes(n), some_boxes(n), np.array([0, 1])),
         )
         for name in measures.names(("a",))
     },
-    "evaluation.CocoEvaluation": (evaluate, lambda n, t: (detections(n),)),
-    "evaluation.objects": (evaluation.objects, lambda n, t: (some_index(), np.array([0, 1]))),
-    "evaluation.detected": (evaluation.detected, lambda n, t: (np.column_stack((IMAGES, *detections(n)[0].T)),)),
-    "evaluation.coco_eval": (coco_of, lambda n, t: (some_boxes(n),)),
-    "evaluation.check_truth": (evaluation.check_truth, lambda n, t: (some_boxes(n), 2)),
+    "coco.CocoEvaluation": (evaluate, lambda n, t: (detections(n),)),
+    "coco.objects": (coco.objects, lambda n, t: (some_index(), np.array([0, 1]))),
+    "coco.detected": (coco.detected, lambda n, t: (np.column_stack((IMAGES, *detections(n)[0].T)),)),
+    "coco.coco_eval": (coco_of, lambda n, t: (some_boxes(n),)),
+    "coco.check_truth": (coco.check_truth, lambda n, t: (some_boxes(n), 2)),
     **{
-        f"evaluation.{name}": (
-            getattr(evaluation, name),
+        f"coco.{name}": (
+            getattr(coco, name),
             lambda n, t: (SimpleNamespace(eval=dict(coco_of(some_boxes(n)).eval, params=None)),),
         )
         for name in ("twelve", "class_means")
@@ -367,8 +364,8 @@ CASES = {
 # What takes no numbers that it could change.
 WITHOUT = {
     boxes: set(),
-    anchors: {"anchor_cells", "ssd_map_sizes", "ssd_default_boxes"},
-    evaluation: {"metric_names"},
+    outputs: {"anchor_cells", "ssd_map_sizes", "ssd_default_boxes", "decoded_of", "kind_of", "shapes", "raw_of"},
+    coco: {"metric_names", "twelve_names", "beyond", "read_results"},
     matching: set(),
     transforms: {"scaling"},
 }

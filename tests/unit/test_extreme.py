@@ -20,7 +20,7 @@ from raydet.data.pipeline import train_samples, val_samples
 from raydet.errors import RaydetError
 from raydet.evaluation import measures
 from raydet.evaluation.coco import detected
-from raydet.evaluation.matching import Boxes
+from raydet.evaluation.matching import BoxTable
 from raydet.predict.predictor import post_prediction
 from raydet.recipe import load
 from raydet.runs import checkpoint
@@ -143,9 +143,9 @@ def measured(batch, found):
     """The metric of a batch, and of each of its images."""
     images = len(batch.images)
     targets = batch.targets.double().numpy()
-    truth = Boxes(targets[:, 0].astype(int), targets[:, 1].astype(int), xyxy_to_xywh(cxcywh_to_xyxy(targets[:, 2:])))
+    truth = BoxTable(targets[:, 0].astype(int), targets[:, 1].astype(int), xyxy_to_xywh(cxcywh_to_xyxy(targets[:, 2:])))
     rows = [np.column_stack((np.full(len(rows), n), rows.double().numpy())) for n, rows in enumerate(found)]
-    whole = measures.Found(truth, detected(np.concatenate(rows)), [str(n) for n in range(5)])
+    whole = measures.Measured(truth, detected(np.concatenate(rows)), [str(n) for n in range(5)])
     return whole.measure(METRIC, np.zeros(images, int))[0], whole.measure(METRIC, np.arange(images))
 
 

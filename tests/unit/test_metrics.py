@@ -15,7 +15,7 @@ from raydet.data.index import make_index
 from raydet.errors import RaydetError
 from raydet.evaluation import matching, measures
 from raydet.evaluation.coco import IOUS, RECALLS, TWELVE, CocoEvaluation, beyond, metric_names, twelve_names
-from raydet.evaluation.matching import Boxes, average_precision, match, operating
+from raydet.evaluation.matching import BoxTable, average_precision, match, operating
 
 CATEGORIES = (2, 5, 9)
 
@@ -295,7 +295,7 @@ def test_no_detections_is_zero():
 def test_groups_of_images_have_the_metrics_that_each_has_alone(seed, groups, max_dets):
     index, detections = random_set(seed, false_alarms=4 if max_dets == 100 else 60)
     whole = evaluated(index, detections)
-    found = measures.Found(whole.truth, whole.found, index.class_names, max_dets)
+    found = measures.Measured(whole.truth, whole.found, index.class_names, max_dets)
     group = np.random.default_rng(seed).integers(0, groups, len(index))
     measured = {name: found.measure(name, group) for name in measures.names(index.class_names, max_dets)}
     for number in range(group.max() + 1):
@@ -355,8 +355,10 @@ def test_memory_is_bounded_where_a_class_has_a_thousand_objects_in_an_image():
     corner = rng.uniform(0, 900, (images * objects, 2))
     boxes = np.hstack((corner, rng.uniform(5, 20, corner.shape)))
     image, label = np.repeat(np.arange(images), objects), np.zeros(len(boxes), int)
-    truth = Boxes(image, label, boxes)
-    found = Boxes(image, label, boxes + 1, score=rng.random(len(boxes)))[np.arange(len(boxes)) % objects < detections]
+    truth = BoxTable(image, label, boxes)
+    found = BoxTable(image, label, boxes + 1, score=rng.random(len(boxes)))[
+        np.arange(len(boxes)) % objects < detections
+    ]
     tracemalloc.start()
     matches = match(truth, found, 1, IOUS)
     peak = tracemalloc.get_traced_memory()[1]
@@ -404,7 +406,7 @@ def test_the_measures_of_each_image_cost_about_what_the_metrics_do():
     whole = evaluated(index, detections)
 
     def by_image():
-        found = measures.Found(whole.truth, whole.found, index.class_names)
+        found = measures.Measured(whole.truth, whole.found, index.class_names)
         for group in (np.arange(images) // 16, np.arange(images)):
             found.measure("mAP@0.50:0.95", group)
 
@@ -416,7 +418,7 @@ def test_all_measures_are_of_one_matching(monkeypatch):
     monkeypatch.setattr(measures, "match", lambda *given: calls.append(1) or match(*given))
     index, detections = random_set(4)
     whole = evaluated(index, detections)
-    found = measures.Found(whole.truth, whole.found, index.class_names)
+    found = measures.Measured(whole.truth, whole.found, index.class_names)
     for name in measures.names(index.class_names):
         for group in (np.zeros(len(index), int), np.arange(len(index))):
             found.measure(name, group)

@@ -9,15 +9,15 @@ import pytest
 
 from raydet.data.coco import load_coco
 from raydet.data.index import index_of_images
-from raydet.data.render import Renderer, Sources
+from raydet.data.render import Renderer, SourceImages
 from raydet.data.samples import Samples
 from raydet.data.transforms import (
     HorizontalFlip,
     Letterbox,
     Mixup,
     Mosaic,
-    Picture,
     RandomAffine,
+    SamplePlan,
     VerticalFlip,
     sanitise,
 )
@@ -162,16 +162,16 @@ def gallery(tmp_path_factory):
 
 def whole(index, row):
     objects = index.annotations(row)
-    return Picture.of(row, *index.size(row), objects.boxes, objects.labels)
+    return SamplePlan.of(row, *index.size(row), objects.boxes, objects.labels)
 
 
 def empty_canvas(size):
-    return Picture.of(0, 2 * size[1], 2 * size[0], np.empty((0, 4)), np.empty(0, int))
+    return SamplePlan.of(0, 2 * size[1], 2 * size[0], np.empty((0, 4)), np.empty(0, int))
 
 
 def render(index, picture):
     out = np.empty((*picture.size, 3), np.uint8)
-    Renderer(picture.size)(picture, Sources(index, [picture], [picture]), out)
+    Renderer(picture.size)(picture, SourceImages(index, [picture], [picture]), out)
     return out
 
 

@@ -23,7 +23,7 @@ from raydet.errors import RaydetError
 from raydet.models import Preprocessing
 from raydet.predict import predictor as predict
 from raydet.predict.on_ray import batch_predict
-from raydet.predict.predictor import Detections, Found, Predictor, Stream, pick_device, post_prediction
+from raydet.predict.predictor import Detections, DetectionStream, Found, Predictor, pick_device, post_prediction
 from raydet.predict.save import NOTES, open_target, picture_files, save
 from raydet.predict.sources import image_files, open_source
 from raydet.recipe import Eval
@@ -329,7 +329,7 @@ def properties(path):
 
 def test_a_video_is_read_as_it_is_asked_for(predictor, clip):
     stream = predictor.predict(clip, batch_size=4)
-    assert isinstance(stream, Stream)
+    assert isinstance(stream, DetectionStream)
     first = next(iter(stream))
     assert first.image.shape == (240, 320, 3)
     frames = list(stream)

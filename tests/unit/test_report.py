@@ -13,8 +13,20 @@ from PIL import Image
 
 from raydet.data.index import make_index
 from raydet.data.problems import Notice
-from raydet.reports import inspect as report
-from raydet.reports.inspect import CELLS, Finding, decode_all, inspect, measure
+from raydet.reports.inspect import (
+    ASPECT_RATIOS,
+    CELLS,
+    LEVELS,
+    RELATIVE_SIZES,
+    SAME_PLACE,
+    SHOWN,
+    Finding,
+    _flat,
+    _same_place,
+    decode_all,
+    inspect,
+    measure,
+)
 from raydet.reports.inspect_page import render
 from tests.command import raydet
 
@@ -81,8 +93,8 @@ def test_boxes_are_measured_against_their_image(numbers):
         return [(round(edges[i], 2), round(edges[i + 1], 2)) for i in np.repeat(np.arange(len(histogram)), histogram)]
 
     # 10 x 18 and 40 x 22 of 100 x 100 pixels, and the whole of 300 x 200.
-    assert bins(numbers.relative_sizes, report.RELATIVE_SIZES) == [(0.13, 0.16), (0.25, 0.32), (0.79, 1.0)]
-    assert bins(numbers.aspect_ratios, report.ASPECT_RATIOS) == [(0.5, 0.63), (1.26, 1.58), (1.58, 2.0)]
+    assert bins(numbers.relative_sizes, RELATIVE_SIZES) == [(0.13, 0.16), (0.25, 0.32), (0.79, 1.0)]
+    assert bins(numbers.aspect_ratios, ASPECT_RATIOS) == [(0.5, 0.63), (1.26, 1.58), (1.58, 2.0)]
     where = np.zeros((CELLS, CELLS), int)
     for x, y in ((0.05, 0.09), (0.3, 0.21), (0.5, 0.5)):
         where[int(y * CELLS), int(x * CELLS)] += 1
@@ -130,14 +142,12 @@ BOX = st.tuples(*[st.integers(0, 3)] * 2, *[st.integers(58, 62)] * 2).map(
 @given(st.lists(st.tuples(st.integers(0, 2), BOX), max_size=25))
 @settings(max_examples=200, deadline=None)
 def test_pairs_in_one_place_are_those_that_trying_all_finds(objects):
-    flat = report._flat(index_of([(image, 0, box, False) for image, box in objects], sizes=[(100, 100)] * 3))
-    pairs = {
-        tuple(sorted(pair)) for pair in np.transpose(report._same_place(flat, np.arange(len(flat.label)))).tolist()
-    }
+    flat = _flat(index_of([(image, 0, box, False) for image, box in objects], sizes=[(100, 100)] * 3))
+    pairs = {tuple(sorted(pair)) for pair in np.transpose(_same_place(flat, np.arange(len(flat.label)))).tolist()}
     assert pairs == {
         (i, j)
         for i, j in combinations(range(len(flat.label)), 2)
-        if flat.image[i] == flat.image[j] and _iou(flat.boxes[i], flat.boxes[j]) >= report.SAME_PLACE
+        if flat.image[i] == flat.image[j] and _iou(flat.boxes[i], flat.boxes[j]) >= SAME_PLACE
     }
 
 
@@ -164,7 +174,7 @@ def test_hotcoco_s_health_check_finds_the_same(tmp_path):
     ours = findings(index)
     assert ours["boxes without area"][2] == len(theirs["degenerate_bbox"])
     assert ours["objects more than 20 times as long as wide"][2] == len(theirs["extreme_aspect_ratio"])
-    first, second = report._same_place(report._flat(index), np.flatnonzero(sides.all(1)))
+    first, second = _same_place(_flat(index), np.flatnonzero(sides.all(1)))
     alike = label[first] == label[second]
     assert set(first[alike]) | set(second[alike]) == set(theirs["near_duplicate"])
     assert ours["boxes drawn twice"][2] == len(set(second[alike])) > 10
@@ -270,9 +280,7 @@ def test_records_that_were_left_out_are_counted_and_the_worst_comes_first(folder
     index = files(folder, "0.jpg")
     problems = {"train": [f"a.txt: line {i} is broken" for i in range(25)]}
     found = inspect("data", {"train": index}, problems).findings
-    assert [report.LEVELS.index(finding.level) for finding in found] == sorted(
-        report.LEVELS.index(f.level) for f in found
-    )
+    assert [LEVELS.index(finding.level) for finding in found] == sorted(LEVELS.index(f.level) for f in found)
     assert (found[0].what, found[0].count) == ("records that cannot be used", 25)
     page = render(inspect("data", {"train": index}, problems))
     assert "a.txt: line 9 is broken" in page
@@ -331,7 +339,7 @@ def test_the_page_shows_all_there_is_and_is_well_formed(shapes_index):
         assert part in shown
     for name in shapes_index.class_names:
         assert name in shown
-    assert len(read.images) == 2 * report.SHOWN + len(shapes_index.class_names)
+    assert len(read.images) == 2 * SHOWN + len(shapes_index.class_names)
     assert "http" not in page.partition("<body>")[2]
     assert render(inspect("/data/shapes", {"train": shapes_index.head(20), "val": val}, {})) == page, "it is seeded"
 
@@ -366,7 +374,7 @@ def test_the_command_writes_a_page_and_prints_the_numbers(shapes, tmp_path):
     assert ["images", "40", "24"] in printed
     assert ["page:", "inspect.html"] in printed
     read = Page((tmp_path / "inspect.html").read_text())
-    assert len(read.images) == 2 * report.SHOWN + 5
+    assert len(read.images) == 2 * SHOWN + 5
 
 
 @pytest.mark.parametrize("arguments", [["{broken}", "--recipe", "demo"], ["demo", "data.root={broken}"]])
@@ -383,7 +391,7 @@ def test_with_a_recipe_it_shows_training_samples_also_of_broken_data(shapes, tmp
     assert f"{broken}/train/000004.jpg is not an image" in page
     read = Page(page)
     assert "Training samples as the model gets them" in read.text
-    assert len(read.images) == 3 * report.SHOWN + 5
+    assert len(read.images) == 3 * SHOWN + 5
 
 
 def test_a_data_set_without_a_validation_split_is_shown_too(shapes, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from raydet.data.batch import local_eval_batches, local_train_batches
 from raydet.data.index import Index, make_index
-from raydet.data.render import Sources, _is_cut_off, decode, imread
+from raydet.data.render import SourceImages, _is_cut_off, decode, imread
 from raydet.data.samples import Samples
 from raydet.data.transforms import (
     HSV,
@@ -380,7 +380,7 @@ def test_what_is_shown_small_is_decoded_small(tmp_path):
     index = index_of(tmp_path, ["photo.jpg"], [(6000, 4000)])
     samples = Samples(index, (RandomAffine(SIZE, scale=(0.015, 0.015)),), SIZE, chunk_size=1)
     picture = samples.plan(0, [0])
-    assert Sources(index, [picture], [picture]).image(0).shape == (500, 750, 3)
+    assert SourceImages(index, [picture], [picture]).image(0).shape == (500, 750, 3)
     expected = cv2.resize(photo, (90, 60), interpolation=cv2.INTER_AREA)
     found = samples.sample(0).image[2:62, 3:93]
     assert np.abs(found.astype(int) - expected)[2:-2, 2:-2].mean() < 3

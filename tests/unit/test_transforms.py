@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from raydet.boxes import place
 from raydet.data.index import make_index
-from raydet.data.render import Renderer, Sources, letterbox
+from raydet.data.render import Renderer, SourceImages, letterbox
 from raydet.data.transforms import (
     HSV,
     ChannelSwap,
@@ -15,10 +15,10 @@ from raydet.data.transforms import (
     Mixup,
     Mosaic,
     Normalize,
-    Picture,
     RandomAffine,
     Rotate90,
     Sample,
+    SamplePlan,
     Standardize,
     VerticalFlip,
     sanitise,
@@ -48,13 +48,13 @@ def show(tmp_path_factory):
             category_ids=(1,),
         )
         boxes = np.array(boxes, float).reshape(-1, 4)
-        picture = Picture.of(0, width, height, boxes, np.arange(len(boxes)))
+        picture = SamplePlan.of(0, width, height, boxes, np.arange(len(boxes)))
         random = rng(seed)
         for transform in transforms:
             others = [[picture] * getattr(transform, "partners", 0)]
             picture = transform(picture, random, *others) if others[0] else transform(picture, random)
         out = np.empty((*picture.size, 3), np.uint8)
-        Renderer(picture.size)(picture, Sources(index, [picture], [picture]), out)
+        Renderer(picture.size)(picture, SourceImages(index, [picture], [picture]), out)
         return Sample(out, *sanitise(picture.boxes, picture.labels, picture.size)), picture
 
     return render
