@@ -30,10 +30,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.data.index import Index, shard_name
-from raydet.data.probe import attempts_before, check_attempts
+from raydet.data.probe import check_attempts
 from raydet.data.problems import OnError, Problems
 from raydet.data.render import decode
 from raydet.data.scan import THREADS, present
+from raydet.data.stream import attempts_before
 from raydet.errors import RaydetError
 from raydet.recipe import Data, Scale
 from raydet.store import Store, read_parquet, store

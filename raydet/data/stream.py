@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from raydet.data.probe import attempts_before, check_attempts
+from raydet.data.probe import check_attempts
 from raydet.data.samples import Samples
 from raydet.data.shares import Share
 from raydet.errors import user_error
@@ -262,6 +262,14 @@ def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table
         rows = sorted(set(samples.chunk_rows(positions[0])))
         failed = check_attempts(attempts_before(), what, rows, samples.index.read)
         yield from samples.blocks(positions, failed=failed)
+
+
+def attempts_before() -> int:
+    """Return how often the running Ray task was tried before. (Ray Data's actors get their tasks as new ones.)"""
+    import ray
+
+    # Ray counts the attempts for its dashboard, and says the number nowhere else.
+    return ray._private.worker.global_worker.core_worker.get_current_task_attempt_number()  # type: ignore[no-any-return]
 
 
 def _fetch(source: Any) -> Samples:

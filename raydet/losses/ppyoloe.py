@@ -72,7 +72,7 @@ class PPYoloELoss(DetectionLoss):
         self,
         num_classes: int = 80,
         use_varifocal_loss: bool = True,
-        use_static_assigner: bool = True,
+        use_static_assigner: bool = False,
         reg_max: int | None = None,
         classification_loss_weight: float = 1.0,
         iou_loss_weight: float = 2.5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from raydet.models.reference_weights import Weights
 from raydet.models.ssd import SSDLiteMobileNetV2
 from raydet.models.yolo_nas import YoloNAS_L, YoloNAS_M, YoloNAS_S
 from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, YoloX_X, YoloXHead, YoloXPAN
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "FAMILIES",
@@ -37,7 +40,6 @@ __all__ = [
     "YoloX_S",
     "YoloX_T",
     "YoloX_X",
-    "build",
     "family_of",
     "get",
     "load_weights",
