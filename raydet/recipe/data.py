@@ -21,55 +21,72 @@ class Data(Section):
 
     format: str = Field(
         "auto",
-        description="coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt an image), shards (raydet ingest's), "
-        "the name of a @register_dataset, or package.module:Class, yours; auto: seen from what root holds",
+        description="format of the data set: coco (instances_*.json), voc (Pascal VOC's XML), yolo (a txt file for "
+        "each image), shards (written by raydet ingest), the name of a @register_dataset, or a class of"
+        " your own, package.module:Class; auto: recognised by what root holds",
     )
     root: str = Field(
-        "data/coco", description="folder that the other paths of this section start from: a path, s3://… or gs://…"
+        "data/coco",
+        description="folder of the data set: a path, s3://… or gs://…; the other paths of this section start from it",
     )
     train_annotations: str | None = Field(
         None,
-        description="what to train on: coco: the annotation file; voc: the list of names, such as "
-        "ImageSets/Main/train.txt, or a folder of XML files; yolo: the folder or list of images; null: where the "
-        "format has it",
+        description="training annotations; coco: the JSON file; voc: the list of image names, such as "
+        "ImageSets/Main/train.txt, or a folder of XML files; yolo: the folder or the list of images; "
+        "null: where the format has them",
     )
-    train_images: str | None = Field(None, description="folder of its images; null: where the format has it")
-    val_annotations: str | None = Field(None, description="what to validate on, as train_annotations")
-    val_images: str | None = Field(None, description="folder of its images; null: where the format has it")
+    train_images: str | None = Field(None, description="folder of the training images; null: where the format has it")
+    val_annotations: str | None = Field(
+        None, description="validation annotations, given like train_annotations; null: where the format has them"
+    )
+    val_images: str | None = Field(None, description="folder of the validation images; null: where the format has it")
     class_inclusion_list: list[str] | None = Field(
-        None, description="classes to keep, numbered in this order; objects of others are left out; null: all"
+        None,
+        description="names of the classes to keep, numbered in this order; objects of other classes are left out; "
+        "null: all classes",
     )
-    max_num_samples: int | None = Field(None, ge=1, description="the first so many images of each split; null: all")
+    max_num_samples: int | None = Field(
+        None, ge=1, description="largest number of images to use from each split, from its beginning; null: all"
+    )
     ignore_empty_annotations: bool = Field(
-        False, description="do not train on images without objects; validation always has every image"
+        False, description="leave out training images without objects; validation always uses every image"
     )
     difficult: Literal["keep", "ignore", "drop"] = Field(
         "keep",
-        description="objects that VOC calls difficult: keep as any other, ignore as COCO's crowds (not trained on, no "
-        "miss when not found), or drop",
+        description="what to do with objects that VOC marks as difficult: keep (like any other object), ignore "
+        "(like COCO's crowds: not trained on, and not counted as missed) or drop",
     )
     on_error: Literal["raise", "skip"] = Field(
-        "raise", description="a record or image that cannot be used: stop and name it, or leave it out and count it"
+        "raise",
+        description="what to do with an image or annotation that cannot be used: raise (stop and name it) or skip "
+        "(leave it out and count it)",
     )
-    max_errors: int = Field(100, ge=0, description="with on_error: skip, the most that are left out before it stops")
+    max_errors: int = Field(
+        100,
+        ge=0,
+        description="largest number of images and annotations to skip before the run stops, with on_error: skip",
+    )
     max_pixels: int = Field(
         178_956_970,
         ge=1,
-        description="pixels of the largest image that is decoded; the default is Pillow's limit. A larger image is a "
-        "record that cannot be used: a small file may decode to more than the memory holds",
+        description="largest image to decode, in pixels; a larger one cannot be used, because a small file may "
+        "decode to more than the memory holds; the default is Pillow's limit",
     )
     shuffle_window: int = Field(
         4096,
         ge=1,
-        description="of format: shards: shards are shuffled, then the images within so many neighbours; other formats "
-        "shuffle all images",
+        description="number of neighbouring images that are shuffled among themselves, with format: shards; the "
+        "shards are shuffled first; other formats shuffle all images",
     )
     image_size: Annotated[tuple[int, int], BeforeValidator(_image_size)] = Field(
         (640, 640),
-        description="pixels, one number or [height, width], multiples of 32; images are fitted in as the model expects",
+        description="size of the model's input in pixels: one number or [height, width], multiples of 32; the model"
+        " decides how images are fitted into it",
     )
     chunk_size: int = Field(
-        64, ge=1, description="samples that a Ray Data task makes; a worker's batch should divide it"
+        64,
+        ge=1,
+        description="number of samples that one Ray Data task makes; best a multiple of the batch of one worker",
     )
 
 
@@ -84,30 +101,38 @@ class OwnTransform(BaseModel):
 class Augment(Section):
     """Random changes to training images."""
 
-    mosaic: float = Field(0.0, ge=0, le=1, description="probability of four images as one, about a random point")
-    degrees: float = Field(0.0, ge=0, le=180, description="affine: largest rotation")
-    translate: float = Field(0.0, ge=0, le=1, description="affine: largest shift, as a share of the image's sides")
-    scale: Range = Field((1.0, 1.0), description="affine: lowest and highest factor of size")
-    shear: float = Field(0.0, ge=0, lt=90, description="affine: largest shear, in degrees")
-    mixup: float = Field(0.0, ge=0, le=1, description="probability of the mean with another image")
-    mixup_scale: Range = Field((0.5, 1.5), description="lowest and highest factor of the other image's size")
-    close_epochs: int = Field(0, ge=0, description="epochs at the end without mosaic, affine and mixup")
-    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left and right")
-    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of mirroring top and bottom")
-    rotate90: float = Field(
-        0.0, ge=0, le=1, description="probability of a turn by 90, 180 or 270 degrees; for square inputs"
+    mosaic: float = Field(0.0, ge=0, le=1, description="probability of a mosaic: four images joined at a random point")
+    degrees: float = Field(0.0, ge=0, le=180, description="largest rotation of the affine transform, in degrees")
+    translate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest shift of the affine transform, as a fraction of the image's width and height",
     )
-    hsv: float = Field(1.0, ge=0, le=1, description="probability of shifting hue, saturation and value")
-    hue: int = Field(5, ge=0, le=75, description="largest shift of hue, in units of 2 degrees")
-    saturation: int = Field(30, ge=0, le=255, description="largest shift of saturation, of 255")
-    value: int = Field(30, ge=0, le=255, description="largest shift of value, of 255")
-    channel_swap: float = Field(0.0, ge=0, le=1, description="probability of exchanging blue and red")
+    scale: Range = Field((1.0, 1.0), description="lowest and highest scale factor of the affine transform")
+    shear: float = Field(0.0, ge=0, lt=90, description="largest shear of the affine transform, in degrees")
+    mixup: float = Field(0.0, ge=0, le=1, description="probability of mixup: the mean of the image and another one")
+    mixup_scale: Range = Field((0.5, 1.5), description="lowest and highest scale factor of the other image in mixup")
+    close_epochs: int = Field(0, ge=0, description="number of last epochs without mosaic, affine transform and mixup")
+    horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a flip from left to right")
+    vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of a flip from top to bottom")
+    rotate90: float = Field(
+        0.0, ge=0, le=1, description="probability of a rotation by 90, 180 or 270 degrees; for a square image_size"
+    )
+    hsv: float = Field(1.0, ge=0, le=1, description="probability of a random shift of hue, saturation and value")
+    hue: int = Field(5, ge=0, le=75, description="largest shift of the hue, in units of 2 degrees")
+    saturation: int = Field(30, ge=0, le=255, description="largest shift of the saturation, whose range is 0 to 255")
+    value: int = Field(30, ge=0, le=255, description="largest shift of the value, whose range is 0 to 255")
+    channel_swap: float = Field(0.0, ge=0, le=1, description="probability of swapping the blue and red channels")
     transforms: list[OwnTransform] = Field(
         [],
-        description="yours, applied to the pixels last: {name: package.module:Class, and its arguments}; called with a "
-        "raydet.data.Sample and a numpy generator, it returns a Sample of the same size",
+        description="transforms of your own, applied to the pixels last: a list of {name: package.module:Class, "
+        "argument: value}; each is called with a raydet.data.Sample and a numpy generator, and returns "
+        "a Sample of the same size",
     )
     multiscale: Annotated[tuple[Side, Side] | None, BeforeValidator(in_order)] = Field(
-        None, description="lowest and highest side in pixels that batches are resized to; null: data.image_size"
+        None,
+        description="smallest and largest side, in pixels, that training batches are randomly resized to; null: "
+        "always data.image_size",
     )
-    multiscale_every: int = Field(1, ge=1, description="steps from one such size to the next")
+    multiscale_every: int = Field(1, ge=1, description="number of steps after which multiscale draws another size")

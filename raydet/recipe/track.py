@@ -12,10 +12,15 @@ from raydet.recipe.section import Section
 class Pictures(Section):
     """Batches of an epoch to draw, ground truth and detections."""
 
-    freq: int = Field(1, ge=1, description="in every so many epochs; the last epoch always has them")
-    max_images: int | None = Field(16, ge=1, description="of a batch; null: all")
+    freq: int = Field(
+        1, ge=1, description="number of epochs from one set of pictures to the next; the last epoch always has one"
+    )
+    max_images: int | None = Field(16, ge=1, description="largest number of images of a batch to draw; null: all")
     gt_alpha: float | None = Field(
-        None, gt=0, le=1, description="how strongly the ground truth lies over the detections; null: beside them"
+        None,
+        gt=0,
+        le=1,
+        description="opacity of the ground truth, drawn over the detections; null: it is drawn beside them",
     )
     score: float = Field(0.25, ge=0, lt=1, description="lowest score of a detection that is drawn")
 
@@ -28,13 +33,22 @@ class Pictures(Section):
 class ExtremeBatchDetectionVisualizationCallback(Pictures):
     """The batch of an epoch with the lowest or highest metric or component of the loss, and the images likewise."""
 
-    metric: str | None = Field(None, description="of the batch, such as mAP@0.50; the lowest is worst")
-    loss_to_monitor: str | None = Field(None, description="in its place: LossClass/component, as PPYoloELoss/loss_cls")
-    max: bool = Field(False, description="the batch with the highest, else the lowest")
-    enable_on_train_loader: bool = Field(False, description="of the training batches")
-    enable_on_valid_loader: bool = Field(True, description="of the validation batches")
+    metric: str | None = Field(
+        None, description="metric by which batches are compared, such as mAP@0.50; the lowest is worst"
+    )
+    loss_to_monitor: str | None = Field(
+        None,
+        description="component of the loss by which batches are compared instead: LossClass/component, such as "
+        "PPYoloELoss/loss_cls",
+    )
+    max: bool = Field(False, description="draw the batch with the highest value; false: the batch with the lowest")
+    enable_on_train_loader: bool = Field(False, description="draw the worst or best of the training batches")
+    enable_on_valid_loader: bool = Field(True, description="draw the worst or best of the validation batches")
     images: int = Field(
-        8, ge=0, description="so many images with the lowest or highest too, from all batches; 0: only the batch"
+        8,
+        ge=0,
+        description="number of images to draw as well, those with the lowest or highest value among all batches; 0:"
+        " only the batch",
     )
 
     @model_validator(mode="after")
@@ -52,43 +66,62 @@ class ExtremeBatchDetectionVisualizationCallback(Pictures):
 class DetectionVisualizationCallback(Pictures):
     """Batches of an epoch by their number, training batches as the model gets them."""
 
-    phase: Literal["train", "valid"] = Field("train", description="training or validation batches")
-    batch_idx: int = Field(0, ge=0, description="number of the batch in the epoch")
+    phase: Literal["train", "valid"] = Field(
+        "train", description="which batches: train (training) or valid (validation)"
+    )
+    batch_idx: int = Field(0, ge=0, description="number of the batch in the epoch, from 0")
 
 
 class Track(Section):
-    """What is written and shown while it runs."""
+    """What is written and shown during a training."""
 
-    log_every: int = Field(20, ge=1, description="steps from one progress line to the next")
+    log_every: int = Field(20, ge=1, description="number of steps from one progress line to the next")
     keep_checkpoints: int = Field(
-        3, ge=1, description="checkpoints to keep: so many of the best by eval.watch, and the last two"
+        3, ge=1, description="number of checkpoints to keep, the best by eval.watch; the last two are kept as well"
     )
     average_best: bool = Field(
-        True, description="at the end, average the weights of the best ones, as a checkpoint of its own"
+        True,
+        description="average the weights of the best checkpoints at the end, and save the result as one more "
+        "checkpoint",
     )
     checkpoint_steps: int | None = Field(
-        None, ge=1, description="steps from one checkpoint within an epoch to the next; null: see checkpoint_minutes"
+        None,
+        ge=1,
+        description="number of steps from one checkpoint within an epoch to the next; null: checkpoint_minutes "
+        "alone decides",
     )
-    checkpoint_minutes: float | None = Field(30.0, gt=0, description="the same in minutes; null: none")
+    checkpoint_minutes: float | None = Field(
+        30.0,
+        gt=0,
+        description="minutes from one checkpoint within an epoch to the next; null: checkpoint_steps alone decides",
+    )
     extreme_batches: list[ExtremeBatchDetectionVisualizationCallback] = Field(
         [
             ExtremeBatchDetectionVisualizationCallback(metric="mAP@0.50:0.95"),
             ExtremeBatchDetectionVisualizationCallback(metric="mAP@0.50:0.95", max=True),
         ],
-        description="worst and best batches and images of an epoch to draw: metric, or loss_to_monitor: "
-        "PPYoloELoss/loss_cls; max, freq, max_images, images, gt_alpha, score, enable_on_train_loader, "
-        "enable_on_valid_loader",
+        description="worst and best batches and images of an epoch to draw: a list of {metric: …} or "
+        "{loss_to_monitor: PPYoloELoss/loss_cls}, with max, freq, max_images, images, gt_alpha, score, "
+        "enable_on_train_loader and enable_on_valid_loader as options",
     )
     visualize: list[DetectionVisualizationCallback] = Field(
         [DetectionVisualizationCallback()],
-        description="batches of an epoch to draw: phase, batch_idx, freq, max_images, gt_alpha, score",
+        description="batches of an epoch to draw: a list of {phase: …, batch_idx: …}, with freq, max_images, "
+        "gt_alpha and score as options",
     )
     wandb: bool = Field(
         False,
-        description="metrics, pictures and recipe to Weights & Biases too; key and mode are in the environment: "
-        "WANDB_API_KEY, WANDB_MODE=offline",
+        description="send metrics, pictures and the recipe to Weights & Biases as well; its key and mode come from "
+        "the environment: WANDB_API_KEY, WANDB_MODE=offline",
     )
-    wandb_project: str = Field("raydet", description="its project there")
-    wandb_group: str | None = Field(None, description="runs shown as one; null: the trials of a sweep are")
-    wandb_checkpoints: bool = Field(False, description="the best checkpoint there too, as an artifact")
-    tensorboard: bool = Field(False, description="metrics and pictures in the run's folder tensorboard/ too")
+    wandb_project: str = Field("raydet", description="project at Weights & Biases")
+    wandb_group: str | None = Field(
+        None,
+        description="group at Weights & Biases, whose runs are shown as one; null: the trials of a sweep form a group",
+    )
+    wandb_checkpoints: bool = Field(
+        False, description="send the best checkpoint to Weights & Biases as well, as an artifact"
+    )
+    tensorboard: bool = Field(
+        False, description="write metrics and pictures for TensorBoard as well, in the folder tensorboard/ of the run"
+    )

@@ -30,10 +30,12 @@ class Recipe(Section):
     """All settings of a training."""
 
     name: Annotated[str, AfterValidator(_inside)] = Field(
-        "", description="of the run: its folder below `storage`; empty: the recipe's own name"
+        "", description="name of the run: its folder below storage; empty: the name of the recipe"
     )
-    storage: str = Field("runs", description="folder of the runs: one that all nodes share, s3://… or gs://…")
-    seed: int = Field(0, ge=0, description="of the weights, the order of the images and their augmentation")
+    storage: str = Field("runs", description="folder of all runs: a path that all nodes share, s3://… or gs://…")
+    seed: int = Field(
+        0, ge=0, description="seed of the initial weights, the order of the images and their augmentation"
+    )
     model: Model = Model()
     data: Data = Data()
     augment: Augment = Augment()

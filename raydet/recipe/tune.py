@@ -53,28 +53,39 @@ def _by_key(value: Any, prefix: str = "") -> Any:
 
 
 class Tune(Section):
-    """A sweep over settings, by raydet tune; eval.watch says which trial is best."""
+    """A sweep over settings, by raydet tune; eval.watch decides which trial is best."""
 
     space: Annotated[dict[str, Space], BeforeValidator(_by_key)] = Field(
         {},
-        description="what to try for which key of this recipe: {grid: [a, b]} all, {choice: [a, b]} any, "
-        "{uniform: [low, high]}, {loguniform: [low, high]} or {integer: [low, high]}; such as "
-        "loss.iou_weight: {loguniform: [1, 10]}",
+        description="what to try for which key of this recipe: {grid: [a, b]} tries all, {choice: [a, b]} draws "
+        "one, {uniform: [low, high]}, {loguniform: [low, high]} and {integer: [low, high]} draw a "
+        "number; such as loss.iou_weight: {loguniform: [1, 10]}",
     )
     search: Literal["random", "grid", "optuna"] = Field(
         "random",
-        description="how values are chosen: at random, by grid (each combination once) or by Optuna's TPE, which "
-        "learns from earlier trials (pip install 'raydet[tune]')",
+        description="how values are chosen: random, grid (each combination once) or optuna (Optuna's TPE, which "
+        "learns from earlier trials; pip install 'raydet[tune]')",
     )
-    trials: int = Field(16, ge=1, description="of search: random (for each combination of grid keys) and optuna")
+    trials: int = Field(
+        16,
+        ge=1,
+        description="number of trials, with search: optuna or random; with random, for each combination of the grid"
+        " keys",
+    )
     stop: Literal["asha", "hyperband", "median", "none"] = Field(
         "asha",
-        description="trials that are behind end early: asha, hyperband (several asha with later and later first cuts) "
-        "or median (worse than the others' mean so far)",
+        description="rule that ends trials early because they are behind: asha, hyperband (several asha with later "
+        "and later first cuts), median (worse than the mean of the others so far) or none",
     )
-    grace_epochs: int = Field(1, ge=1, description="epochs that no trial ends before")
-    reduction_factor: float = Field(3.0, gt=1, description="of asha and hyperband: one in so many trials goes on")
+    grace_epochs: int = Field(1, ge=1, description="number of epochs before which no trial is ended")
+    reduction_factor: float = Field(
+        3.0, gt=1, description="one in this many trials goes on at each cut, with stop: asha and hyperband"
+    )
     concurrent: int | None = Field(
-        None, ge=1, description="trials at once, each with the workers of scale; null: as there is room for"
+        None,
+        ge=1,
+        description="number of trials at once, each with the workers of scale; null: as many as there is room for",
     )
-    hours: float | None = Field(None, gt=0, description="time after which no trial goes on; null: any")
+    hours: float | None = Field(
+        None, gt=0, description="hours after which the sweep ends all its trials; null: no limit"
+    )

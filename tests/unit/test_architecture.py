@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import raydet
 from raydet import losses, recipe
+from raydet.recipe import Recipe
 
 # From the ground up: a module imports what is in its own line or in one above it.
 LAYERS = """
@@ -146,3 +148,29 @@ def test_each_loss_section_has_the_arguments_and_defaults_of_its_class():
         assert set(section.model_fields) - {"name"} == set(arguments) - filled_in
         for key in section.model_fields.keys() - {"name"}:
             assert section.model_fields[key].default == arguments[key].default, f"{name}.{key}"
+
+
+RIDDLE = re.compile(r"(of|the same|likewise)\b", re.IGNORECASE)
+
+
+def settings(section, prefix=""):
+    for key, field in section.model_fields.items():
+        value = field.get_default()
+        if isinstance(value, recipe.Section):
+            yield from settings(type(value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", field.description
+
+
+SETTINGS = [
+    *settings(Recipe),
+    *(setting for kind in (*recipe.LOSSES.values(), recipe.OwnLoss) for setting in settings(kind, "loss.")),
+    *settings(recipe.ExtremeBatchDetectionVisualizationCallback, "track.extreme_batches."),
+    *settings(recipe.DetectionVisualizationCallback, "track.visualize."),
+]
+
+
+@pytest.mark.parametrize(("key", "description"), SETTINGS, ids=[key for key, _ in SETTINGS])
+def test_descriptions_of_settings_name_their_noun(key, description):
+    assert description, f"{key} has no description"
+    assert not RIDDLE.match(description), f"{key}: {description}"

@@ -59,7 +59,7 @@ def test_recipes_lists_all_and_prints_one(tmp_path):
     listed = raydet("recipes").stdout
     assert [line.split()[0] for line in listed.splitlines()] == list(shipped())
     printed = raydet("recipes", "demo", "train.epochs=7").stdout
-    assert "\n  # passes over the training images\n  epochs: 7\n" in printed
+    assert "\n  # number of passes over the training images\n  epochs: 7\n" in printed
     (tmp_path / "mine.yaml").write_text(printed)
     assert raydet("recipes", tmp_path / "mine.yaml").stdout == printed
     assert load(tmp_path / "mine.yaml").name == "mine"

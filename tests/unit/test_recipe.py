@@ -12,15 +12,10 @@ from raydet.runs.folder import run_folder
 
 def keys(section: type[Section] | Section, prefix: str = "") -> set[str]:
     found = set()
-    for name, field in type(section).model_fields.items():
+    for name in type(section).model_fields:
         value = getattr(section, name)
         found |= keys(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name}
-        assert isinstance(value, Section) or field.description, f"{prefix}{name} has no description"
     return found
-
-
-def test_every_setting_is_described():
-    assert keys(Recipe())
 
 
 @pytest.mark.parametrize("name", shipped())
