@@ -77,11 +77,12 @@ def get(
     """Build a detector.
 
     Args:
-        name: such as yolox_s, ppyoloe_s, yolo_nas_s or ssd_lite_mobilenet_v2.
-        num_classes: of the prediction layers.
-        weights: path or URI of a checkpoint, of raydet or under Megvii's or super-gradients' names. Prediction layers
-            for another class count start afresh, and a warning says so. Nothing is ever downloaded but the URI.
-        image_size: (height, width) in pixels, for a model that is built for one size, SSD; None: its own.
+        name: name of the model, such as yolox_s, ppyoloe_s, yolo_nas_s or ssd_lite_mobilenet_v2.
+        num_classes: number of classes that the prediction layers tell apart.
+        weights: path or URI of a checkpoint of raydet, or of a file with the names of Megvii's YOLOX or of
+            SuperGradients. Prediction layers for another number of classes start afresh, and a warning says so.
+            Nothing is ever downloaded but the URI. None: random weights.
+        image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
 
     Raises:
         RaydetError: no such model, no such file, or a file of another model.
