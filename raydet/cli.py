@@ -49,11 +49,11 @@ Score = Annotated[
     ),
 ]
 MaxPixels = Annotated[
-    int, typer.Option("--max-pixels", help="pixels of the largest image that is decoded; Pillow's limit", min=1)
+    int, typer.Option("--max-pixels", help="largest image to decode, in pixels; the default is Pillow's limit", min=1)
 ]
 IoU = Annotated[
     float | None,
-    typer.Option("--iou", help="of two boxes that overlap more the better stays [default: the checkpoint's]", max=1),
+    typer.Option("--iou", help="IoU threshold of NMS [default: the checkpoint's]", max=1),
 ]
 
 
@@ -205,10 +205,12 @@ def tune_nms(
     ] = "mAP@0.50:0.95",
     precision: Annotated[
         float | None,
-        typer.Option("--precision", help="least share of the detections to be right at IoU 0.50", min=0, max=1),
+        typer.Option(
+            "--precision", help="lowest precision at IoU 0.50: share of the detections that are right", min=0, max=1
+        ),
     ] = None,
     trials: Annotated[int, typer.Option("--trials", help="number of settings", min=2)] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="of the settings and of the halves of the images")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the settings and of the halves of the images")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for the table and the picture", show_default="the checkpoint's")
     ] = None,
@@ -253,7 +255,7 @@ def tune_nms(
 def plot(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="the picture, a PNG", show_default="RUN/images/metrics.png")
+        Path | None, typer.Option("--out", help="path of the picture, a PNG", show_default="RUN/images/metrics.png")
     ] = None,
 ) -> None:
     """Draw a run's loss, learning rate and AP over its steps and epochs, as one picture.
@@ -272,7 +274,7 @@ def plot(
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
-    out: Annotated[Path | None, typer.Option("--out", help="the page", show_default="RUN/report.html")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="path of the page", show_default="RUN/report.html")] = None,
 ) -> None:
     """Write a run's report: one HTML page with curves, metrics, classes, worst and best images, and its recipe.
 
@@ -296,7 +298,7 @@ def predict(
     ] = Path("predictions"),
     score: Score = None,
     iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
     max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
     device: Device = None,
@@ -327,18 +329,25 @@ def predict(
 def batch_predict(
     checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
     source: Annotated[str, typer.Argument(help="folder of images: s3://…, gs://… or a path that all nodes share")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the detections, likewise")],
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="folder for the detections: s3://…, gs://… or a path that all nodes share"),
+    ],
     form: Annotated[
         str, typer.Option("--format", help="parquet, or coco: a COCO results JSON besides", metavar="FORMAT")
     ] = "parquet",
     score: Score = None,
     iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
     shard_images: Annotated[
-        int, typer.Option("--shard-images", help="images of a file of detections: what is lost when killed", min=1)
+        int,
+        typer.Option(
+            "--shard-images", help="number of images in a file of detections: what is lost when killed", min=1
+        ),
     ] = 128,
     actors: Annotated[
-        int | None, typer.Option("--actors", help="models at once [default: one for each GPU, or else each CPU]", min=1)
+        int | None,
+        typer.Option("--actors", help="number of models at once [default: one for each GPU, or else each CPU]", min=1),
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
@@ -379,7 +388,8 @@ def export(
         str, typer.Option("--output", help="batch: count, boxes, scores and labels of each image; flat: [N, 7]")
     ] = "batch",
     out: Annotated[
-        Path | None, typer.Option("--out", help="the file", show_default="model.onnx in the checkpoint's folder")
+        Path | None,
+        typer.Option("--out", help="path of the file", show_default="model.onnx in the checkpoint's folder"),
     ] = None,
     score: Annotated[
         float | None, typer.Option("--score", help="lowest score [default: the checkpoint's]", min=0, max=1)

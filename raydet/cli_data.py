@@ -43,7 +43,7 @@ def inspect(
         str | None,
         typer.Option("--recipe", help="show images also as this recipe augments them; it may name the files"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option("--out", help="path of the page")] = Path("inspect.html"),
     decode: Annotated[
         bool, typer.Option("--decode", help="open every image too: finds broken ones and copies")
     ] = False,
@@ -104,9 +104,10 @@ def ingest(
     overrides: Overrides = None,
     splits: Annotated[list[str] | None, typer.Option("--split", help="train or val [default: both]")] = None,
     shard_mb: Annotated[
-        float, typer.Option("--shard-mb", help="size of a shard; a task needs three times as much memory", min=1)
+        float,
+        typer.Option("--shard-mb", help="size of a shard in megabytes; a task needs three times as much memory", min=1),
     ] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="of the images' places in the shards", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the images' places in the shards", min=0)] = 0,
     verify: Annotated[
         bool, typer.Option("--verify", help="read finished shards once more; write those that are damaged again")
     ] = False,

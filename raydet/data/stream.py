@@ -53,8 +53,8 @@ class DataTasks:
     """The Ray Data tasks of a stream.
 
     Attributes:
-        most: at once; None: as many as Ray has CPUs for.
-        nodes: labels of the nodes that run them; None: any node.
+        most: largest number of tasks at once; None: as many as Ray has CPUs for.
+        nodes: labels of the nodes that run the tasks; None: any node.
     """
 
     most: int | None = None
@@ -86,13 +86,13 @@ def train_batches(
     """Yield this rank's batches of positions start … stop - 1, made by Ray Data tasks.
 
     Args:
-        source: `samples` in Ray's object store, for the tasks.
-        samples: the same here.
+        source: the samples in Ray's object store, for the tasks.
+        samples: the samples in this process.
         start: first position.
         stop: end, whole global batches after it.
-        batch_size: of one rank.
+        batch_size: number of images in a batch of one rank.
         ranks: the worker group; every rank iterates at the same time.
-        tasks: which make them.
+        tasks: the Ray Data tasks that make the batches.
         pin_memory: batches in pinned memory, for a GPU.
     """
     step = batch_size * ranks.size

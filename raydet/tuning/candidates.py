@@ -48,11 +48,11 @@ def collect(
     """Keep the candidates of this rank's images as part-{rank}.parquet in the job's folder.
 
     Args:
-        model: in evaluation mode, on `device`.
+        model: the detector, in evaluation mode, on `device`.
         batches: this rank's images.
         job: what is evaluated.
-        rank: of this worker.
-        device: of the model.
+        rank: rank of this worker.
+        device: device of the model.
         say: takes a line of progress now and then.
     """
     every = job.recipe.eval.model_copy(update={"score": FLOOR, "multi_label": True, "nms_top_k": None})
@@ -88,8 +88,8 @@ class CandidateSet:
     """The candidates of a validation set.
 
     Args:
-        file: that `keep` wrote.
-        index: of the images.
+        file: file that `keep` wrote.
+        index: index of the images.
         size: (height, width) of the model's input in pixels.
         resize: how images are fitted into it.
 

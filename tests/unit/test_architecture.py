@@ -153,6 +153,25 @@ def test_each_loss_section_has_the_arguments_and_defaults_of_its_class():
 RIDDLE = re.compile(r"(of|the same|likewise)\b", re.IGNORECASE)
 
 
+def described(module):
+    """Arguments and attributes in docstrings, and options of the command line: name → description."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node) or ""
+            for part in re.findall(r"^(?:Args|Attributes):\n((?: {4}.*\n?|\n)*)", text, re.MULTILINE):
+                for name, description in re.findall(r"^ {4}(\S+): (.*)$", part, re.MULTILINE):
+                    yield f"{node.name}: {name}", description
+        elif isinstance(node, ast.keyword) and node.arg == "help" and isinstance(node.value, ast.Constant):
+            yield "an option", node.value.value
+
+
+@pytest.mark.parametrize("module", [module for module in TREES if not within(module, ("training", "api"))])
+def test_descriptions_of_arguments_name_their_noun(module):
+    """`width: of the image` is a riddle until one has read `width` again: `width of the image in pixels`."""
+    riddles = [f"{name}: {description}" for name, description in described(module) if RIDDLE.match(description)]
+    assert not riddles, "\n".join(riddles)
+
+
 def settings(section, prefix=""):
     for key, field in section.model_fields.items():
         value = field.get_default()
