@@ -1,6 +1,9 @@
 """The recipe: every setting of a training, its default, unit and meaning, in one typed tree.
 
-A recipe is YAML, by a shipped name or a path, and `section.key=value` overrides on top; unknown keys are refused.
+A recipe is a YAML file, a shipped one or the user's own, with `section.key=value` overrides on top. It holds only what
+differs from the defaults; unknown keys are refused. `describe` writes the whole recipe, each key under its meaning.
+
+A new setting is a field of its section, with a default and a description. No shipped recipe has to name it.
 """
 
 from raydet.recipe.data import Augment, Data, OwnTransform

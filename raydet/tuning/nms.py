@@ -97,8 +97,8 @@ def tune_nms(
     """Search for the thresholds by which a checkpoint detects best, and store them in it.
 
     Args:
-        path: folder of a checkpoint, or of a run, whose best checkpoint is taken, or a weights file, in which nothing is
-            stored.
+        path: folder of a checkpoint, or of a run, whose best checkpoint is taken, or a weights file. Nothing is stored
+            in a weights file.
         recipe: recipe of the data and, for a weights file, of the model; None: the recipe of the run.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
