@@ -32,7 +32,7 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         recipe: a shipped name, the path of a YAML file, or a recipe.
-        overrides: `section.key=value`, values as in YAML; those of settings that are text as they are typed.
+        overrides: `section.key=value`. A value is YAML; that of a setting that is text is taken as it is typed.
 
     Raises:
         RaydetError: there is no such recipe, or a key or value in it is wrong; the message names it.

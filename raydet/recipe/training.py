@@ -121,7 +121,8 @@ def loss_kind(value: Any) -> str | None:
     name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
     if name is None and isinstance(value, Mapping):
         return YoloXFastDetectionLoss.__name__
-    return "OwnLoss" if is_own(str(name)) else name if name in LOSSES else None
+    name = str(name)
+    return "OwnLoss" if is_own(name) else name if name in LOSSES else None
 
 
 Loss = Annotated[

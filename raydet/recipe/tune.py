@@ -79,7 +79,7 @@ class Tune(Section):
     )
     grace_epochs: int = Field(1, ge=1, description="number of epochs before which no trial is ended")
     reduction_factor: float = Field(
-        3.0, gt=1, description="one in this many trials goes on at each cut, with stop: asha and hyperband"
+        3.0, gt=1, description="one in this many trials goes on at each cut, with stop: asha or hyperband"
     )
     concurrent: int | None = Field(
         None,

@@ -242,6 +242,7 @@ def test_a_run_lies_below_its_storage(name, folder, tmp_path):
         ("x: 1", "x: no such setting"),
         ("train: images/train", "mine.yaml describes a data set and is no recipe: name its folder, /"),
         ("path: .\nnames: [a]", "mine.yaml describes a data set and is no recipe: name its folder, /"),
+        ("loss: {name: [SSDLoss]}", "loss.name should be YoloXFastDetectionLoss, .*, not .'SSDLoss'."),
         ("loss: {name: SSDLoss, iou_weight: 1}", "loss.iou_weight: no such setting; it is an argument of another loss"),
     ],
 )
