@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, name, har
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, state):
     """A process is killed again and again while it writes: what is there can always be gone on from."""
     script = (
-        "import pickle, sys; from pathlib import Path; from raydet.training import checkpoint\n"
+        "import pickle, sys; from pathlib import Path; from raydet.runs import checkpoint\n"
         "files = pickle.load(open(sys.argv[1], 'rb'))\n"
         "print('ready', flush=True)\n"
         "while True: checkpoint.write(Path(sys.argv[2]), files)"
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, state):
     folder = tmp_path / "run" / "checkpoint_000001"
     checkpoint.write(folder, files(state, {}))
     script = (
-        "import pickle, resource, sys; from pathlib import Path; from raydet.training import checkpoint\n"
+        "import pickle, resource, sys; from pathlib import Path; from raydet.runs import checkpoint\n"
         "files = pickle.load(open(sys.argv[1], 'rb'))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "try: checkpoint.write(Path(sys.argv[2]), files)\n"
