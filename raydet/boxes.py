@@ -58,10 +58,10 @@ class Placement:
     """Where an image lies in a model's input.
 
     Attributes:
-        width: of the scaled image in pixels.
-        height: likewise.
-        left: its first column in the input.
-        top: its first row.
+        width: width of the scaled image in pixels.
+        height: height of the scaled image in pixels.
+        left: first column of the scaled image in the input.
+        top: first row of the scaled image in the input.
         scale: input pixels for each pixel of the image, (across, down).
     """
 
@@ -82,9 +82,9 @@ def place(width: int, height: int, size: tuple[int, int], resize: Resize) -> Pla
     """Place an image of width x height pixels in an input of `size` = (height, width).
 
     Args:
-        width: of the image.
-        height: of the image.
-        size: of the input.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        size: (height, width) of the input in pixels.
         resize: "pad_bottom_right", as YOLOX: the aspect ratio kept, sides rounded down, the image in the corner;
             "pad_centre", as YOLO-NAS: sides rounded to the nearest, the image in the middle, with 2 pixels around it;
             "stretch", as PP-YOLOE: to the whole input.

@@ -30,50 +30,52 @@ app = typer.Typer(
 )
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="recipe of the data and, for a weights file, of the model")
+    str | None, typer.Option("--recipe", help="recipe that names the data and, for a weights file, the model")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="in this process, without Ray: breakpoints work")]
+Debug = Annotated[bool, typer.Option("--debug", help="run in this process, without Ray: breakpoints work")]
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="run the code that the checkpoint or its run names: a model, or data, of someone's own"
+        "--trust-code", help="run code that the checkpoint or its run names: a model or data set that is not raydet's"
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="such as cuda:1 or cpu [default: the first GPU, or else the CPU]")
+    str | None,
+    typer.Option("--device", help="device, such as cuda:1 or cpu", show_default="the first GPU, or else the CPU"),
 ]
 Score = Annotated[
     float | None,
     typer.Option(
-        "--score", help="lowest score of a detection [default: 0.25, or the checkpoint's if higher]", min=0, max=1
+        "--score", help="lowest score of a detection", show_default="0.25, or the checkpoint's if higher", min=0, max=1
     ),
 ]
 MaxPixels = Annotated[
-    int, typer.Option("--max-pixels", help="pixels of the largest image that is decoded; Pillow's limit", min=1)
+    int, typer.Option("--max-pixels", help="largest image to decode, in pixels; the default is Pillow's limit", min=1)
 ]
 IoU = Annotated[
     float | None,
-    typer.Option("--iou", help="of two boxes that overlap more the better stays [default: the checkpoint's]", max=1),
+    typer.Option("--iou", help="IoU threshold of NMS", show_default="the checkpoint's", max=1),
 ]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="a name that `raydet recipes` lists, or the path of a YAML file")],
+    recipe: Annotated[str, typer.Argument(help="name that `raydet recipes` lists, or path of a YAML file")],
     overrides: Overrides = None,
     debug: Annotated[
         bool,
         typer.Option(
-            "--debug", help="one process, no Ray, first 64 images, 2 epochs of small batches: breakpoints work anywhere"
+            "--debug",
+            help="train in one process, without Ray, on 64 images, for 2 epochs of small batches: breakpoints work",
         ),
     ] = False,
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train a detector, or go on with a training that was interrupted.
+    """Train a detector, or resume a training that was interrupted.
 
-    A run is a folder, {storage}/{name}: the same command again resumes it from its last checkpoint. Ctrl-C ends it
-    after the step, with a checkpoint; once more ends it at once.
+    A run is a folder, {storage}/{name}. The same command again resumes the run from its last checkpoint. Ctrl-C stops
+    the training after the current step, with a checkpoint; a second Ctrl-C stops it at once.
 
     Example: raydet train coco2017_yolox_s data.root=/data/coco scale.num_workers=8
     """
@@ -119,7 +121,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="checkpoint folder, run folder (its best one), weights file, or results.json")
+        str, typer.Argument(help="checkpoint folder, run folder (its best checkpoint), weights file, or results.json")
     ],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
@@ -132,10 +134,10 @@ def evaluate(
         typer.Option("--out", help="folder for files and pictures", show_default="evaluation/ in the checkpoint"),
     ] = None,
 ) -> None:
-    """Measure a checkpoint, a weights file or COCO's results JSON with COCO's metrics on validation data.
+    """Measure a checkpoint, a weights file or a COCO results JSON on validation data, with COCO's metrics.
 
-    Beside the table it leaves metrics.json, detections.json (COCO's results, with the data's own ids) and pictures:
-    precision and recall, AP of the classes, confusion, TIDE's errors, calibration.
+    It prints a table, and writes metrics.json, detections.json (COCO results, with the data set's own ids) and
+    pictures: precision and recall, AP of each class, confusion matrix, TIDE's errors, calibration.
 
     Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco --out yolox_s
     """
@@ -160,14 +162,14 @@ def evaluate(
 
 @app.command()
 def tune(
-    recipe: Annotated[str, typer.Argument(help="with a section tune: a name, or the path of a YAML file")],
+    recipe: Annotated[str, typer.Argument(help="recipe with a section tune: name, or path of a YAML file")],
     overrides: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train with many settings at once, end those early that fall behind, and find the best.
+    """Train with many settings at once, stop those early that fall behind, and find the best.
 
     tune.space says which settings of the recipe to try: loss weights, learning rate, augmentation, the model. A sweep
-    is a folder, {storage}/{name}-tune, with a run in it for each trial: the same command again goes on with it.
+    is a folder, {storage}/{name}-tune, that holds a run for each trial. The same command again resumes the sweep.
 
     Example: raydet tune demo tune.trials=8 tune.space.loss.cls_weight='{choice: [0.5, 1, 2]}'
     """
@@ -196,19 +198,23 @@ def tune(
 
 @app.command("tune-nms")
 def tune_nms(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, run folder (its best one), or weights file")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="checkpoint folder, run folder (its best checkpoint), or weights file")
+    ],
     overrides: Overrides = None,
     recipe: RecipeOption = None,
     trust_code: TrustCode = False,
     objective: Annotated[
-        str, typer.Option("--objective", help="what is to be highest: mAP@0.50:0.95, mAP@0.50, mAP@0.75 or F1@0.50")
+        str, typer.Option("--objective", help="metric to maximise: mAP@0.50:0.95, mAP@0.50, mAP@0.75 or F1@0.50")
     ] = "mAP@0.50:0.95",
     precision: Annotated[
         float | None,
-        typer.Option("--precision", help="least share of the detections to be right at IoU 0.50", min=0, max=1),
+        typer.Option(
+            "--precision", help="lowest precision at IoU 0.50: share of the detections that are right", min=0, max=1
+        ),
     ] = None,
-    trials: Annotated[int, typer.Option("--trials", help="number of settings", min=2)] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="of the settings and of the halves of the images")] = 0,
+    trials: Annotated[int, typer.Option("--trials", help="number of settings to try", min=2)] = 200,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the settings and of the halves of the images")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for the table and the picture", show_default="the checkpoint's")
     ] = None,
@@ -216,12 +222,12 @@ def tune_nms(
     device: Device = None,
     verbose: Verbose = False,
 ) -> None:
-    """Search for the thresholds by which a checkpoint detects best, without running the model for each.
+    """Search for the thresholds with which a checkpoint detects best. The model runs only once.
 
-    The model runs once; what it gives is kept beside the checkpoint. Score and IoU thresholds, top-k before NMS, most
-    detections, one or many classes a box and NMS across classes are searched on half of the validation images. What
-    wins there is compared with what there was on the other half, and stored in the checkpoint if it is better: predict
-    and evaluate use it.
+    Its output is kept beside the checkpoint. Half of the validation images are for the search: over score and IoU
+    threshold, top-k before NMS, largest number of detections, one or many classes for a box, and NMS across classes.
+    On the other half the best setting is compared with the checkpoint's own. If it is better, it is stored in the
+    checkpoint, where predict and evaluate find it.
 
     Example: raydet tune-nms runs/demo --objective F1@0.50
     """
@@ -251,14 +257,14 @@ def tune_nms(
 
 @app.command()
 def plot(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="the picture, a PNG", show_default="RUN/images/metrics.png")
+        Path | None, typer.Option("--out", help="path of the picture, a PNG", show_default="RUN/images/metrics.png")
     ] = None,
 ) -> None:
-    """Draw a run's loss, learning rate and AP over its steps and epochs, as one picture.
+    """Draw the loss, learning rate and AP of a run over its steps and epochs, as one picture.
 
-    A star marks the best AP; a dashed line is that of the averaged weights, if the run made them.
+    A star marks the best AP. A dashed line shows the AP of the averaged weights, if the run made them.
 
     Example: raydet plot runs/demo
     """
@@ -271,10 +277,10 @@ def plot(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; its training may still go on")],
-    out: Annotated[Path | None, typer.Option("--out", help="the page", show_default="RUN/report.html")] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
+    out: Annotated[Path | None, typer.Option("--out", help="path of the page", show_default="RUN/report.html")] = None,
 ) -> None:
-    """Write a run's report: one HTML page with curves, metrics, classes, worst and best images, and its recipe.
+    """Write the report of a run: one HTML page with curves, metrics, classes, worst and best images, and the recipe.
 
     Example: raydet report runs/demo
     """
@@ -287,7 +293,7 @@ def report(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
     source: Annotated[
         str, typer.Argument(help="image, folder of images, pattern, video, http(s) address, or number of a camera")
     ],
@@ -296,16 +302,16 @@ def predict(
     ] = Path("predictions"),
     score: Score = None,
     iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
     max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
     device: Device = None,
 ) -> None:
-    """Detect in images or a video: pictures or a video with boxes, and a COCO results JSON.
+    """Detect objects in images or a video, and write pictures or a video with boxes, and a COCO results JSON.
 
-    Where all names are numbers, no two the same, they are the image_ids, as in COCO; else the images, or frames, are
-    numbered in order from 1. file_name says which is which. Images that cannot be read are left out and listed; exit
-    code 1 says that none could be.
+    If all file names are numbers, and no two the same, these are the image_ids, as in COCO. Otherwise images, or frames
+    of a video, are numbered in order from 1; file_name says which is which. Images that cannot be read are left out and
+    listed. Exit code 1 means that no image could be read.
 
     Example: raydet predict runs/demo photos/ --score 0.4
     """
@@ -325,29 +331,38 @@ def predict(
 
 @app.command("batch-predict")
 def batch_predict(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
     source: Annotated[str, typer.Argument(help="folder of images: s3://…, gs://… or a path that all nodes share")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="folder for the detections, likewise")],
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="folder for the detections: s3://…, gs://… or a path that all nodes share"),
+    ],
     form: Annotated[
-        str, typer.Option("--format", help="parquet, or coco: a COCO results JSON besides", metavar="FORMAT")
+        str, typer.Option("--format", help="parquet, or coco: parquet and a COCO results JSON", metavar="FORMAT")
     ] = "parquet",
     score: Score = None,
     iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="images at once", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
     shard_images: Annotated[
-        int, typer.Option("--shard-images", help="images of a file of detections: what is lost when killed", min=1)
+        int,
+        typer.Option(
+            "--shard-images", help="number of images in a file of detections, which is lost when killed", min=1
+        ),
     ] = 128,
     actors: Annotated[
-        int | None, typer.Option("--actors", help="models at once [default: one for each GPU, or else each CPU]", min=1)
+        int | None,
+        typer.Option(
+            "--actors", help="number of models at once", show_default="one for each GPU, or else each CPU", min=1
+        ),
     ] = None,
     max_pixels: MaxPixels = MAX_PIXELS,
     trust_code: TrustCode = False,
     verbose: Verbose = False,
 ) -> None:
-    """Detect in any number of images on Ray, from and to a disk or an object store.
+    """Detect objects in any number of images on Ray, from and to a disk or an object store.
 
-    OUT gets Parquet files with a row for each image: boxes, scores, classes, or why it could not be read. The same
-    command again goes on where it was interrupted.
+    OUT gets Parquet files with a row for each image: boxes, scores, classes, or why the image could not be read. The
+    same command again resumes where it was interrupted.
 
     Example: raydet batch-predict runs/demo s3://bucket/photos s3://bucket/found --format coco
     """
@@ -373,23 +388,31 @@ def batch_predict(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best one)")],
-    form: Annotated[str, typer.Option("--format", help="onnx, the only one so far", metavar="FORMAT")] = "onnx",
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
+    form: Annotated[
+        str, typer.Option("--format", help="format of the file; onnx is the only one so far", metavar="FORMAT")
+    ] = "onnx",
     output: Annotated[
-        str, typer.Option("--output", help="batch: count, boxes, scores and labels of each image; flat: [N, 7]")
+        str,
+        typer.Option(
+            "--output",
+            help="form of the output: batch (count, boxes, scores and labels of each image) or flat ([N, 7])",
+        ),
     ] = "batch",
     out: Annotated[
-        Path | None, typer.Option("--out", help="the file", show_default="model.onnx in the checkpoint's folder")
+        Path | None,
+        typer.Option("--out", help="path of the file", show_default="model.onnx in the checkpoint's folder"),
     ] = None,
     score: Annotated[
-        float | None, typer.Option("--score", help="lowest score [default: the checkpoint's]", min=0, max=1)
+        float | None,
+        typer.Option("--score", help="lowest score of a detection", show_default="the checkpoint's", min=0, max=1),
     ] = None,
     iou: IoU = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a checkpoint as an ONNX file that needs no raydet: uint8 images in, detections out, NMS inside.
+    """Write a checkpoint as an ONNX file that runs without raydet: uint8 images in, detections out, NMS inside.
 
-    It detects in validation images, and is written if onnxruntime finds there what PyTorch does.
+    It is written only if onnxruntime finds the same detections in validation images as PyTorch.
 
     Example: raydet export runs/demo --score 0.25 && raydet predict runs/demo/checkpoint_000012/model.onnx photos/
     """

@@ -1,4 +1,4 @@
-"""The commands that are of data and recipes: inspect, ingest, recipes."""
+"""The commands for data and recipes: inspect, ingest, recipes."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def say(text: str) -> None:
 
 def inspect(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
+        str, typer.Argument(metavar="DATA", help="folder or URI of a data set, or a recipe that names one")
     ],
     overrides: Overrides = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="show images also as this recipe augments them; it may name the files"),
+        typer.Option("--recipe", help="recipe whose augmentation is shown as well; it may also name the files"),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("inspect.html"),
+    out: Annotated[Path, typer.Option("--out", help="path of the page")] = Path("inspect.html"),
     decode: Annotated[
-        bool, typer.Option("--decode", help="open every image too: finds broken ones and copies")
+        bool, typer.Option("--decode", help="decode every image as well, which finds broken images and copies")
     ] = False,
 ) -> None:
-    """Look at a data set before training on it: numbers, what is wrong, images with boxes, on one HTML page.
+    """Look at a data set before training on it: numbers, mistakes and images with boxes, on one HTML page.
 
     Example: raydet inspect /data/coco --recipe coco2017_yolox_s --decode
     """
@@ -96,26 +96,29 @@ def inspect(
 
 def ingest(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="a data set's folder or URI, or a recipe, whose data it is")
+        str, typer.Argument(metavar="DATA", help="folder or URI of a data set, or a recipe that names one")
     ],
     out: Annotated[
         str, typer.Argument(metavar="OUT", help="folder for the shards: s3://…, gs://… or a path that all nodes share")
     ],
     overrides: Overrides = None,
-    splits: Annotated[list[str] | None, typer.Option("--split", help="train or val [default: both]")] = None,
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="split to write: train or val", show_default="both")
+    ] = None,
     shard_mb: Annotated[
-        float, typer.Option("--shard-mb", help="size of a shard; a task needs three times as much memory", min=1)
+        float,
+        typer.Option("--shard-mb", help="size of a shard in megabytes; a task needs three times as much memory", min=1),
     ] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="of the images' places in the shards", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the images' places in the shards", min=0)] = 0,
     verify: Annotated[
-        bool, typer.Option("--verify", help="read finished shards once more; write those that are damaged again")
+        bool, typer.Option("--verify", help="read finished shards once more, and rewrite those that are damaged")
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a data set as Parquet shards with the encoded images: object stores are slow with many small files.
+    """Write a data set as Parquet shards that hold the image files: object stores are slow with many small files.
 
-    Each image is decoded once, so that broken ones are found here (data.on_error=skip leaves them out). The same
-    command again goes on where it was interrupted. To train from the shards: data.format=shards data.root=OUT.
+    Each image is decoded once, so that broken images are found here (data.on_error=skip leaves them out). The same
+    command again resumes where it was interrupted. To train from the shards: data.format=shards data.root=OUT.
 
     Example: raydet ingest coco2017_yolox_s s3://bucket/coco data.root=/data/coco
     """
@@ -135,7 +138,7 @@ def ingest(
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="print this one, resolved, with the meaning of each key")] = None,
+    name: Annotated[str | None, typer.Argument(help="recipe to print in full, with the meaning of each key")] = None,
     overrides: Overrides = None,
 ) -> None:
     """List the recipes, or print one.

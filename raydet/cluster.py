@@ -19,9 +19,9 @@ def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine; return whether it was not before.
 
     Args:
-        scale: what will run there.
+        scale: resources of what will run there.
         verbose: let Ray print what its workers print.
-        groups: of such workers, at once.
+        groups: number of worker groups of this scale at once.
 
     Raises:
         RaydetError: RAY_ADDRESS names no cluster, or one that does not answer.
@@ -138,8 +138,8 @@ def share_of_cluster(scale: Scale, concurrent: int | None) -> tuple[Scale, int]:
     """Return the resources of each of several trainings at once, and how many of them.
 
     Args:
-        scale: of each.
-        concurrent: how many; None: as there is room for.
+        scale: resources of each training.
+        concurrent: number of trainings at once; None: as many as there is room for.
 
     Raises:
         RaydetError: the cluster is too small.

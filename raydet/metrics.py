@@ -25,17 +25,17 @@ class DetectionMetrics:
 
     Args:
         num_cls: number of classes.
-        post_prediction_callback: makes detections of the model's output; None: `update` gets detections.
-        normalize_targets: as SuperGradients has it, whose name misleads: True: targets are in pixels, False: they are
-            shares of the input's sides. None: `target_units` says.
+        post_prediction_callback: turns the model's output into detections; None: `update` gets detections.
+        normalize_targets: SuperGradients' argument, whose name misleads: True: targets are in pixels, False: they are
+            fractions of the input's sides; None: `target_units` decides.
         iou_thres: lowest IoU of a right detection: a number, or (lowest, highest) of a range in steps of 0.05.
-        recall_thres: at which AP takes the precision; None: 0, 0.01, … 1.
-        score_thres: of precision, recall and F1.
-        top_k_predictions: the best so many detections of each class in an image count.
-        calc_best_score_thresholds: find the score thresholds of the highest F1.
-        include_classwise_ap: AP, and best threshold, of each class too.
-        class_names: of the labels; None: class_0, class_1, …
-        target_units: of the boxes that `update` gets: "pixels" of the input or "normalized" by its sides.
+        recall_thres: recalls at which AP takes the precision; None: 0, 0.01, … 1.
+        score_thres: score threshold of precision, recall and F1.
+        top_k_predictions: largest number of detections of each class in an image that count, best scores first.
+        calc_best_score_thresholds: find the score thresholds with the highest F1.
+        include_classwise_ap: compute AP, and the best score threshold, of each class as well.
+        class_names: name of each class; None: class_0, class_1, …
+        target_units: unit of the target boxes that `update` gets: "pixels" of the input or "normalized" by its sides.
 
     Raises:
         ValueError: an argument cannot be right.

@@ -54,8 +54,8 @@ def raw_of(outputs: Any, kind: str, wanted_by: str) -> Any:
     """Return the raw part of an output in either mode.
 
     Args:
-        outputs: of a model.
-        kind: whose they must be.
+        outputs: output of a model.
+        kind: family of models that the output must be from.
         wanted_by: name of the loss or callback, for the message.
 
     Raises:
@@ -121,8 +121,8 @@ def anchor_cells(
 
     Args:
         sizes: (height, width) of each level in cells.
-        strides: of each level in pixels.
-        device: of the result.
+        strides: stride of each level in pixels.
+        device: device of the result.
     """
     cells, steps = [], []
     for (height, width), stride in zip(sizes, strides, strict=True):

@@ -35,11 +35,11 @@ class PostPrediction:
 
     Args:
         conf: lowest score of a candidate.
-        iou: of two boxes of a class that overlap more, NMS keeps the better.
-        max_predictions: the best so many of an image are kept.
-        class_agnostic_nms: boxes of different classes suppress each other too.
-        multi_label_per_box: a box may be detected as several classes; otherwise as its best.
-        nms_top_k: only the best so many of an image enter NMS; None: all.
+        iou: IoU threshold of NMS: of two boxes of a class that overlap more, only the one with the higher score stays.
+        max_predictions: largest number of detections in an image, best scores first.
+        class_agnostic_nms: overlapping boxes of different classes suppress each other as well.
+        multi_label_per_box: let one box be detected as several classes; false: as its best class only.
+        nms_top_k: largest number of boxes of an image that enter NMS, best scores first; None: all.
     """
 
     kind: ClassVar[str]
@@ -201,11 +201,12 @@ class PPYoloEPostPredictionCallback(PostPrediction):
 
     Args:
         score_threshold: lowest score of a candidate.
-        nms_threshold: of two boxes of a class that overlap more, NMS keeps the better.
-        nms_top_k: only the best so many of an image enter NMS; None: all.
-        max_predictions: the best so many of an image are kept.
-        multi_label_per_box: a box may be detected as several classes; otherwise as its best.
-        class_agnostic_nms: boxes of different classes suppress each other too.
+        nms_threshold: IoU threshold of NMS: of two boxes of a class that overlap more, only the one with the higher
+            score stays.
+        nms_top_k: largest number of boxes of an image that enter NMS, best scores first; None: all.
+        max_predictions: largest number of detections in an image, best scores first.
+        multi_label_per_box: let one box be detected as several classes; false: as its best class only.
+        class_agnostic_nms: overlapping boxes of different classes suppress each other as well.
     """
 
     kind = PPYOLOE

@@ -62,8 +62,8 @@ def draw_boxes(
         labels: [n] classes.
         class_names: name of each class.
         scores: [n]; None for ground truth.
-        thickness: of the lines, in pixels; None: by the size of the image.
-        prefix: of each label.
+        thickness: thickness of the lines in pixels; None: by the size of the image.
+        prefix: text in front of each label.
     """
     image = image.copy()
     height, width = image.shape[:2]
@@ -104,12 +104,12 @@ class Shown:
 
     Attributes:
         image: uint8 [H, W, 3] BGR.
-        truth_boxes: [m, 4].
-        truth_labels: int [m].
-        boxes: [n, 4] detections, best first; None: there are none to compare with.
-        labels: int [n].
-        scores: [n].
-        caption: of the picture.
+        truth_boxes: [m, 4] boxes of the ground truth.
+        truth_labels: int [m] classes of the ground truth.
+        boxes: [n, 4] boxes of the detections, best scores first; None: there are no detections to compare with.
+        labels: int [n] classes of the detections.
+        scores: [n] scores of the detections.
+        caption: caption of the picture.
     """
 
     image: Image
@@ -138,8 +138,8 @@ def draw(
     Args:
         shown: the image.
         class_names: name of each class.
-        gt_alpha: how strongly the ground truth lies over the detections, 0 to 1; None: it stands to the left of them.
-        thickness: of the lines, in pixels; None: by the size of the image.
+        gt_alpha: opacity of the ground truth, drawn over the detections, 0 to 1; None: it is drawn to their left.
+        thickness: thickness of the lines in pixels; None: by the size of the image.
     """
     truth, labels = shown.truth_boxes, shown.truth_labels.tolist()
     if shown.boxes is None or shown.labels is None or shown.scores is None:
@@ -169,9 +169,9 @@ def sheet(
     Args:
         images: at least one.
         class_names: name of each class.
-        gt_alpha: see `draw`.
-        longest: side of an image in the picture, in pixels; images too small for labels are enlarged.
-        width: of the picture, in pixels, at most; one image may be wider.
+        gt_alpha: opacity of the ground truth, see `draw`.
+        longest: longest side of an image in the picture, in pixels; images too small for labels are enlarged.
+        width: largest width of the picture, in pixels; a single image may be wider.
     """
     cells = []
     for shown in images:
@@ -239,10 +239,10 @@ class DetectionVisualization:
             checkpoint_dir: folder for the pictures; None: they are returned only.
             undo_preprocessing_func: makes uint8 [B, H, W, 3] BGR of `image_tensor`; None: it is [B, 3, H, W] BGR with
                 values 0 to 255, as raydet's batches and the input of YOLOX.
-            box_thickness: in pixels; None: by the size of the image.
+            box_thickness: thickness of the lines in pixels; None: by the size of the image.
             image_scale: factor on the size of the pictures.
-            gt_alpha: how strongly targets lie over the predictions, 0 to 1; None: they stand side by side.
-            target_units: of `target_boxes`: pixels, or shares of the image's width and height.
+            gt_alpha: opacity of the targets, drawn over the predictions, 0 to 1; None: they are drawn side by side.
+            target_units: unit of `target_boxes`: pixels, or "normalized": fractions of the image's width and height.
 
         Returns:
             The pictures, uint8 [H, W, 3] BGR.
@@ -317,9 +317,9 @@ def write_video(
     from OpenCV: an odd one gets a column or a row more, the last one again. A warning says both.
 
     Args:
-        path: of the video.
+        path: path of the video.
         frames: at least one.
-        fps: frames a second.
+        fps: frames per second.
         then: called with the file when it is whole, before it gets its name.
 
     Raises:
@@ -363,11 +363,9 @@ def write_video(
 
 
 def _fitted(frame: Array, height: int, width: int) -> Array:
-    """Return a frame scaled into another size, in the middle."""
-    canvas, to = (
-        np.zeros((height, width, 3), np.uint8),
-        place(frame.shape[1], frame.shape[0], (height, width), "pad_centre"),
-    )
+    """Return a frame scaled into another size, in the middle of grey, as models get images."""
+    canvas = np.full((height, width, 3), 114, np.uint8)
+    to = place(frame.shape[1], frame.shape[0], (height, width), "pad_centre")
     inside = canvas[to.top : to.top + to.height, to.left : to.left + to.width]
     cv2.resize(frame, (to.width, to.height), dst=inside, interpolation=cv2.INTER_AREA)
     return canvas

@@ -30,11 +30,11 @@ def cached(build: Callable[..., Index], store: Store, reads: Iterable[str], sett
     What was left out of it when it was built is reported again each time, and so are the notices.
 
     Args:
-        build: makes the index; called with `problems`.
-        store: of the sources.
+        build: function that makes the index; it is called with `problems`.
+        store: store that holds the sources.
         reads: files and folders that `build` reads, or whose names it needs: one that was added, taken away or
             changed (in size or time), here or in a folder below, makes it another index.
-        settings: of `build`, which make it another index too; JSON.
+        settings: settings of `build`, as JSON; other settings make another index.
         problems: gets what is left out, and the notices.
 
     Raises:

@@ -253,7 +253,7 @@ def index_of_images(
 
     Args:
         images: (image id, path below the root, width, height), in any order; ids are unique.
-        objects: of each image: boxes [n, 4] xyxy in pixels, labels [n], crowd [n] as bool.
+        objects: for each image its boxes [n, 4] xyxy in pixels, labels [n] and crowd [n] as bool.
         root: folder of the images.
         class_names: name of each label.
     """

@@ -21,10 +21,10 @@ def read_lists(
     """Read lists that an object has at its top, such as `{"images": […], "annotations": […]}`.
 
     Args:
-        pieces: the file, in order.
-        names: of the lists; what else the object has is read and passed over.
+        pieces: content of the file, in order.
+        names: names of the lists; what else the object has is read and passed over.
         without: pattern of text that is replaced before it is parsed, within a record; it must not match anything else.
-        instead: what takes its place.
+        instead: text that takes its place.
 
     Yields:
         Each list's name and an iterator of its records, which must be used up before the next list is asked for. A

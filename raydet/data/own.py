@@ -45,10 +45,10 @@ class DetectionDataset(ABC):
 
     Args:
         data_dir: folder of the data set, a local path or a URI.
-        original_target_format: of the targets that `_load_annotation` returns, or its name.
-        all_classes_list: name of each label; None: the property `_all_classes` says.
+        original_target_format: format of the targets that `_load_annotation` returns, or its name.
+        all_classes_list: name of each label; None: the property `_all_classes` has them.
         input_dim: (rows, columns), or one number for both, to which `_load_annotation` scales its boxes, if it does.
-        max_num_samples: the first so many of the source; None: all.
+        max_num_samples: largest number of samples to use, from the beginning; None: all.
         class_inclusion_list: classes to keep, numbered in this order; None: all.
         ignore_empty_annotations: leave out images without objects.
     """
@@ -190,7 +190,7 @@ def register_dataset(name: Any = None, class_names: Sequence[str] | None = None)
     `problems`.
 
     Args:
-        name: of the data set; None: that of the class or function.
+        name: name of the data set; None: the name of the class or function.
         class_names: name of each label, for a function that yields records.
 
     Raises:
@@ -244,11 +244,11 @@ def load_own(
     """Read a data set of the user's own.
 
     Args:
-        store: data.root.
-        name: data.format.
+        store: store of data.root.
+        name: name of the data set, data.format.
         split: "train" or "val".
-        annotations: what the recipe says for this split.
-        images: likewise.
+        annotations: the recipe's annotations of this split.
+        images: the recipe's images of this split.
         problems: gets what is wrong with samples; None: the first problem stops.
 
     Raises:

@@ -109,10 +109,11 @@ class Loader:
 
     Attributes:
         samples: the stream that training or validation would have.
-        split: which of both.
-        batch_size: of all but the last batch of "val"; a batch of "train" repeats images where there are fewer.
-        epoch: whose order and augmentation "train" has.
-        transforms: applied to each sample.
+        split: "train" or "val".
+        batch_size: number of images in a batch; the last batch of "val" may have fewer. A batch of "train" repeats
+            images where the split has fewer.
+        epoch: epoch whose order and augmentation "train" has.
+        transforms: transforms that are applied to each sample.
         target_format: columns 1 to 5 of the targets.
     """
 
@@ -180,10 +181,10 @@ def loader(
             names, as `coco2017_train` and `coco2017_val_ppyoloe`.
         overrides: `section.key=value`.
         split: "train" or "val"; None: as the name says, or else "train".
-        batch_size: None: the recipe's `train.batch_size` or `eval.batch_size`.
-        epoch: of the training; each has its own order and augmentation.
-        transforms: applied to each sample, such as `Standardize` and `Normalize`.
-        target_format: see `TargetFormat`.
+        batch_size: number of images in a batch; None: the recipe's `train.batch_size` or `eval.batch_size`.
+        epoch: epoch of the training; each has its own order and augmentation.
+        transforms: transforms that are applied to each sample, such as `Standardize` and `Normalize`.
+        target_format: format of the targets, see `TargetFormat`.
 
     Returns:
         An iterable of (images, targets): images uint8 [B, 3, H, W] BGR unless `transforms` change that; targets float32

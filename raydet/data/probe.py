@@ -20,14 +20,6 @@ _DONE = b"."
 _SUSPICIOUS, _HOPELESS = 2, 6  # attempts of a task before this one
 
 
-def attempts_before() -> int:
-    """Return how often the running Ray task was tried before. (Ray Data's actors get their tasks as new ones.)"""
-    import ray
-
-    # Ray counts the attempts for its dashboard, and says the number nowhere else.
-    return ray._private.worker.global_worker.core_worker.get_current_task_attempt_number()  # type: ignore[no-any-return]
-
-
 def check_attempts(before: int, what: str, images: Sequence[int], read: Callable[[int], bytes]) -> dict[int, str]:
     """Return what is wrong with images by which earlier attempts at a task may have ended: image → why.
 

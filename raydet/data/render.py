@@ -49,12 +49,13 @@ def decode(
     The orientation that a camera noted in EXIF is applied, unless `size` is that of the image without it.
 
     Args:
-        content: the file.
-        name: of the file, for messages.
+        content: content of the file.
+        name: name of the file, for messages.
         size: (width, height) that the annotation says; None: any.
         reduction: 1, 2, 4 or 8: sides come out so many times shorter, rounded up or down; where that would leave less
             than a pixel, as they are.
-        max_pixels: of an image whose size no annotation says; a larger one is refused before it is decoded.
+        max_pixels: largest number of pixels of an image whose size no annotation says; a larger image is refused before
+            it is decoded.
 
     Raises:
         RaydetError: it is no image, is cut off, has another size, or is too large.
@@ -84,7 +85,7 @@ def imread(path: str, max_pixels: int = MAX_PIXELS) -> Array:
     """Read an image file of this machine as uint8 [H, W, 3] BGR.
 
     Args:
-        path: of the file.
+        path: path of the file.
         max_pixels: largest number of pixels.
 
     Raises:

@@ -37,10 +37,10 @@ class Samples:
 
     Args:
         index: the images.
-        transforms: applied in turn; the last must leave pictures of `image_size`.
+        transforms: transforms, applied in turn; the last must leave pictures of `image_size`.
         image_size: (height, width) of every sample in pixels, multiples of 32.
-        chunk_size: positions a task makes at a time.
-        seed: of the permutations and of the transforms.
+        chunk_size: number of positions that a task makes at a time.
+        seed: seed of the permutations and of the transforms.
         shuffle: each epoch in an order of its own; without it, position p is row p, as in validation.
         close_at: from this position on, `closed` are applied; None: never.
         closed: what is left of the transforms at the end of a training.
@@ -82,8 +82,8 @@ class Samples:
         """Decide what a sample shows.
 
         Args:
-            position: of the sample.
-            rows: the images of its chunk, by position.
+            position: position of the sample.
+            rows: rows of the images of its chunk, by position.
             broken: those of them that cannot be read; each gives way to the next.
         """
 

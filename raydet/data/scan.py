@@ -111,9 +111,9 @@ def each(read: Callable[[str], T], names: Sequence[str], what: str) -> Iterator[
     """Read many files side by side.
 
     Args:
-        read: called with a name.
-        names: of the files.
-        what: they are, for the progress bar.
+        read: function that reads the file of a name.
+        names: names of the files.
+        what: what the files are, for the progress bar.
 
     Yields:
         What `read` returns for each name, in their order, or the error that it raises.
@@ -148,9 +148,9 @@ def image_sizes(
     """Read the width and height of images in pixels from their headers: as decoded, which is turned as EXIF says.
 
     Args:
-        store: where they are.
-        names: of the files.
-        lengths: of the files in bytes, as `present` gives them.
+        store: store that holds the images.
+        names: names of the files.
+        lengths: length of each file in bytes, as `present` gives it.
         problems: gets each file that is no image; it is left out.
     """
     from PIL import Image

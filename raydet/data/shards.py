@@ -30,10 +30,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydet.data.index import Index, shard_name
-from raydet.data.probe import attempts_before, check_attempts
+from raydet.data.probe import check_attempts
 from raydet.data.problems import OnError, Problems
 from raydet.data.render import decode
 from raydet.data.scan import THREADS, present
+from raydet.data.stream import attempts_before
 from raydet.errors import RaydetError
 from raydet.recipe import Data, Scale
 from raydet.store import Store, read_parquet, store
@@ -51,12 +52,12 @@ class Ingested:
     """What is in a split's folder.
 
     Attributes:
-        images: in its index.
-        boxes: of them, crowds included.
-        shards: their number.
-        megabytes: of the shards.
-        written: megabytes of those shards that were missing or damaged, and were written now.
-        seconds: that it took.
+        images: number of images.
+        boxes: number of boxes, crowds included.
+        shards: number of shards.
+        megabytes: size of all shards.
+        written: megabytes of the shards that were missing or damaged, and were written now.
+        seconds: time that it took.
     """
 
     images: int
@@ -123,8 +124,8 @@ def ingest(
             and counted, as `data.on_error` says.
         out: folder for the shards, a URI or a path that all nodes share.
         splits: "train", "val" or both.
-        shard_mb: megabytes of a shard, about; a task needs three times as much memory.
-        seed: of the images' places in the shards.
+        shard_mb: size of a shard in megabytes, about; a task needs three times as much memory.
+        seed: seed of the images' places in the shards.
         verify: read the shards that are done once more, and write those that are damaged again.
         verbose: let Ray print what its tasks print.
         say: takes each line of progress.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from raydet.data.probe import attempts_before, check_attempts
+from raydet.data.probe import check_attempts
 from raydet.data.samples import Samples
 from raydet.data.shares import Share
 from raydet.errors import user_error
@@ -53,8 +53,8 @@ class DataTasks:
     """The Ray Data tasks of a stream.
 
     Attributes:
-        most: at once; None: as many as Ray has CPUs for.
-        nodes: labels of the nodes that run them; None: any node.
+        most: largest number of tasks at once; None: as many as Ray has CPUs for.
+        nodes: labels of the nodes that run the tasks; None: any node.
     """
 
     most: int | None = None
@@ -86,13 +86,13 @@ def train_batches(
     """Yield this rank's batches of positions start … stop - 1, made by Ray Data tasks.
 
     Args:
-        source: `samples` in Ray's object store, for the tasks.
-        samples: the same here.
+        source: the samples in Ray's object store, for the tasks.
+        samples: the samples in this process.
         start: first position.
         stop: end, whole global batches after it.
-        batch_size: of one rank.
+        batch_size: number of images in a batch of one rank.
         ranks: the worker group; every rank iterates at the same time.
-        tasks: which make them.
+        tasks: the Ray Data tasks that make the batches.
         pin_memory: batches in pinned memory, for a GPU.
     """
     step = batch_size * ranks.size
@@ -262,6 +262,14 @@ def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table
         rows = sorted(set(samples.chunk_rows(positions[0])))
         failed = check_attempts(attempts_before(), what, rows, samples.index.read)
         yield from samples.blocks(positions, failed=failed)
+
+
+def attempts_before() -> int:
+    """Return how often the running Ray task was tried before. (Ray Data's actors get their tasks as new ones.)"""
+    import ray
+
+    # Ray counts the attempts for its dashboard, and says the number nowhere else.
+    return ray._private.worker.global_worker.core_worker.get_current_task_attempt_number()  # type: ignore[no-any-return]
 
 
 def _fetch(source: Any) -> Samples:

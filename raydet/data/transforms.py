@@ -105,9 +105,9 @@ class SamplePlan:
         """Return the picture with its boxes clipped, and only those of which enough is left.
 
         Args:
-            min_visible: share of the area.
-            min_side: pixels; both sides are longer.
-            max_aspect: ratio of the sides; theirs is lower.
+            min_visible: fraction of a box's area of which more must be left.
+            min_side: pixels that both sides must be longer than.
+            max_aspect: aspect ratio that a box must be below.
         """
         boxes = clip(self.boxes, self.size[1], self.size[0])
         whole, sides = self.boxes[:, 2:] - self.boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
@@ -174,12 +174,12 @@ class RandomAffine:
     Args:
         size: (height, width) of the result in pixels; the middle of what came in goes to its middle.
         degrees: largest rotation either way.
-        translate: largest shift either way, as a share of the result's sides.
-        scale: lowest and highest factor.
+        translate: largest shift either way, as a fraction of the result's sides.
+        scale: lowest and highest scale factor.
         shear: largest shear either way, in degrees.
-        min_visible: share of an object's area.
-        min_side: of an object, in pixels.
-        max_aspect: of an object.
+        min_visible: fraction of an object's area of which more must be left.
+        min_side: pixels that both sides of an object must be longer than.
+        max_aspect: aspect ratio that an object must be below.
     """
 
     size: tuple[int, int]

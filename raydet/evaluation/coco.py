@@ -69,7 +69,7 @@ class CocoEvaluation:
 
     Args:
         index: the ground truth. Crowds count as in the COCO API: a detection on one is neither right nor wrong.
-        max_dets: the best so many detections of each class in an image count.
+        max_dets: largest number of detections of each class in an image that count, best scores first.
     """
 
     def __init__(self, index: Index, max_dets: int = MAX_DETS):
@@ -241,11 +241,11 @@ def coco_eval(
 
     Args:
         images: ids of all images.
-        category_ids: of the labels.
-        class_names: of the labels.
-        truth: objects, their images by id.
-        found: detections, their images by id.
-        parameters: changes hotcoco's parameters.
+        category_ids: category id of each class.
+        class_names: name of each class.
+        truth: objects; their images are given by id.
+        found: detections; their images are given by id.
+        parameters: function that changes hotcoco's parameters.
     """
     categories = np.asarray(category_ids)
     crowd = np.zeros(len(truth), int) if truth.crowd is None else truth.crowd.astype(int)
@@ -307,9 +307,9 @@ def read_results(path: Path, index: Index, max_dets: int = MAX_DETS) -> CocoEval
     """Read COCO's results JSON as an evaluation of an index.
 
     Args:
-        path: of a list of {image_id, category_id, bbox: [left, top, width, height], score}.
+        path: JSON file with a list of {image_id, category_id, bbox: [left, top, width, height], score}.
         index: the ground truth.
-        max_dets: the best so many detections of each class in an image count.
+        max_dets: largest number of detections of each class in an image that count, best scores first.
 
     Raises:
         RaydetError: the file is not that, or of other images or categories than the index.

@@ -204,8 +204,8 @@ def counts(matches: Matches, thresholds: Floats, weights: Floats | None = None) 
     """Count the right and the wrong detections of each class at and above some scores.
 
     Args:
-        matches: of the detections.
-        thresholds: [S] ascending.
+        matches: which detections are right, see `match`.
+        thresholds: [S] scores, ascending.
         weights: [n] how often each detection counts.
 
     Returns:
@@ -230,9 +230,9 @@ def average_precision(matches: Matches, recalls: Floats, weights: Floats | None 
     """Return the AP [T, C] of each class at each IoU threshold as the COCO API has it, nan for one without objects.
 
     Args:
-        matches: of the detections.
-        recalls: [R] at which the precision is taken, ascending.
-        weights: [n] how often each detection counts, whole numbers; `matches.objects` are to be weighted likewise.
+        matches: which detections are right, see `match`.
+        recalls: [R] recalls at which the precision is taken, ascending.
+        weights: [n] how often each detection counts, whole numbers; `matches.objects` must be weighted in the same way.
     """
     found = np.where(matches.objects > 0, np.zeros((len(matches.right), 1)), np.nan)
     by_class = np.argsort(matches.label, kind="stable")

@@ -55,8 +55,8 @@ class Measured:
         """Return a metric of each group of images, as `CocoEvaluation.compute` gives it of these images alone.
 
         Args:
-            name: of the metric.
-            group: [images] from 0, the number of each image's group.
+            name: name of the metric.
+            group: [images] number of each image's group, from 0.
 
         Returns:
             [groups]; nan for a group without objects of the class, or of any.

@@ -36,7 +36,7 @@ class Assignment(NamedTuple):
         More than there are points cannot count. Of more, those that do are left, in their order, and some of the rest.
 
         Args:
-            points: anchor points of the batch.
+            points: number of anchor points of the batch.
         """
         if len(self.keep) <= points:
             return self, slice(None)
@@ -55,7 +55,7 @@ class Rows:
     """Tensors [M, …] that are computed part by part. They are there from the first part on: memory stays in one piece.
 
     Args:
-        objects: M.
+        objects: number of objects, M.
     """
 
     def __init__(self, objects: int):
@@ -74,9 +74,9 @@ class Best:
     """The object of its image with which each anchor point scores highest, found part by part.
 
     Args:
-        shape: (B, A).
-        objects: M.
-        device: of the scores.
+        shape: (number of images B, number of anchor points A).
+        objects: number of objects, M.
+        device: device of the scores.
         values: how many further numbers are kept of each.
 
     Attributes:
@@ -95,9 +95,9 @@ class Best:
 
         Args:
             part: rows of the targets.
-            image: [m] of each object.
-            score: [m, A] of each object and point.
-            *values: [m, A] the further numbers.
+            image: [m] image of each object.
+            score: [m, A] score of each object and point.
+            *values: [m, A] further numbers of each object and point.
         """
         if not len(image):
             return
@@ -117,9 +117,9 @@ def overlaps(objects: Tensor, boxes: Tensor, image: Tensor | None = None) -> Ten
     """IoU [M, A] of objects and boxes, xyxy, as `raydet.boxes.iou` computes it.
 
     Args:
-        objects: [M, 4].
+        objects: [M, 4] boxes of the objects, xyxy.
         boxes: [B, A, 4], or [A, 4] without `image`.
-        image: [M] of each object, whose boxes it is compared with.
+        image: [M] image of each object, whose boxes the object is compared with.
     """
     left, top, right, bottom = (side if image is None else side[image] for side in boxes.unbind(-1))
     x1, y1, x2, y2 = objects[:, None].unbind(-1)
@@ -138,7 +138,7 @@ def assign_once(points: Tensor, chosen: Tensor, image: Tensor, best: Tensor) -> 
     Args:
         points: [M, K] anchor points that objects may choose.
         chosen: [M, K] whether they do.
-        image: [M] of each object.
+        image: [M] image of each object.
         best: [B, A] the object with which each point scores highest.
     """
     flat = image[:, None] * best.shape[1] + points

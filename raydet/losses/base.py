@@ -19,7 +19,7 @@ class Terms(NamedTuple):
 
     Attributes:
         per_image: [B, K] the K terms, summed over each image.
-        normaliser: [] what their sum over all images and ranks is divided by, and at least by 1.
+        normaliser: [] number that the sums over all images and ranks are divided by; below 1 it counts as 1.
         counts: [E] further numbers that the components need, to be summed over batches and ranks.
     """
 
@@ -55,7 +55,7 @@ class DetectionLoss(nn.Module):
 
         Args:
             divided: [K] terms of all ranks after division.
-            weighted: [K] the same times the weights; their sum is the loss.
+            weighted: [K] the divided terms times their weights; the sum is the loss.
             terms: the totals of all ranks; `per_image` is one row.
         """
         raise NotImplementedError
@@ -64,8 +64,8 @@ class DetectionLoss(nn.Module):
         """Change what changes in the course of a training; called before each step.
 
         Args:
-            epoch: epochs that are done.
-            epochs: of the training.
+            epoch: number of epochs that are done.
+            epochs: number of epochs of the training.
         """
 
     def forward(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:

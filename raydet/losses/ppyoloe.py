@@ -55,15 +55,15 @@ class PPYoloELoss(DetectionLoss):
     task-aligned assigner it is the alignment (score · IoU⁶), scaled so that an object's best point has its best IoU.
 
     Args:
-        num_classes: C.
-        use_varifocal_loss: varifocal loss (Zhang et al., 2020), else quality focal loss.
-        use_static_assigner: assign by ATSS, else task-aligned.
-        reg_max: the longest distance that the model can express, in strides; None: whatever the model's is.
-        classification_loss_weight: weight of the class term.
+        num_classes: number of classes, C.
+        use_varifocal_loss: classification term: true: varifocal loss (Zhang et al., 2020), false: quality focal loss.
+        use_static_assigner: assignment of anchor points: true: ATSS, false: the task-aligned assigner.
+        reg_max: longest distance that the model can express, in strides; None: any.
+        classification_loss_weight: weight of the classification term.
         iou_loss_weight: weight of the GIoU term.
         dfl_loss_weight: weight of the DFL term.
-        static_assigner_end_epoch: ATSS assigns in so many epochs, the task-aligned assigner in those after them; None:
-            `use_static_assigner` says for all.
+        static_assigner_end_epoch: number of first epochs with ATSS, after which the task-aligned assigner takes over;
+            None: `use_static_assigner` decides for all epochs.
     """
 
     component_names = ("loss_cls", "loss_iou", "loss_dfl", "loss")
@@ -72,7 +72,7 @@ class PPYoloELoss(DetectionLoss):
         self,
         num_classes: int = 80,
         use_varifocal_loss: bool = True,
-        use_static_assigner: bool = True,
+        use_static_assigner: bool = False,
         reg_max: int | None = None,
         classification_loss_weight: float = 1.0,
         iou_loss_weight: float = 2.5,

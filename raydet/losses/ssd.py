@@ -22,12 +22,12 @@ class SSDLoss(DetectionLoss):
     default box that overlaps it most. Sums are divided by the number of matches image by image, then by that of images.
 
     Args:
-        default_boxes: [A, 4] = cx, cy, w, h in shares of the image.
+        default_boxes: [A, 4] = cx, cy, w, h as fractions of the image's sides.
         image_size: (height, width) of the images in pixels.
-        num_classes: C; class 0 of the model is the background.
-        alpha: weight of the class term; the box term's is 2 - alpha.
-        iou_thresh: lowest IoU of a match.
-        neg_pos_ratio: background boxes for each match.
+        num_classes: number of classes, C, without the background, which is class 0 of the model.
+        alpha: weight of the classification term; the weight of the box term is 2 - alpha.
+        iou_thresh: lowest IoU of a default box and the object that it is matched with.
+        neg_pos_ratio: number of background boxes for each matched box.
     """
 
     component_names = ("smooth_l1", "closs", "Loss")

@@ -53,16 +53,16 @@ class YoloXDetectionLoss(DetectionLoss):
     any object of the image or near its centre.
 
     Args:
-        strides: of the three maps, in pixels.
-        num_classes: C.
-        use_l1: add the L1 term.
-        l1_last_epochs: add it in so many epochs at the end of a training.
-        center_sampling_radius: how near an object's centre, in strides.
+        strides: stride of each of the three maps, in pixels.
+        num_classes: number of classes, C.
+        use_l1: add the L1 term on the raw boxes.
+        l1_last_epochs: number of last epochs with the L1 term; 0: `use_l1` decides for all epochs.
+        center_sampling_radius: distance from an object's centre, in strides, within which points are candidates.
         iou_type: "iou" for 1 - IoU², "giou" for 1 - GIoU.
         iou_weight: weight of the box term.
         obj_weight: weight of the objectness term.
-        cls_weight: weight of the class term.
-        cls_pos_weight: weight of the positives in the class term, one number or one a class.
+        cls_weight: weight of the classification term.
+        cls_pos_weight: weight of the positives in the classification term: one number, or one for each class.
     """
 
     component_names = ("iou", "obj", "cls", "l1", "num_fg", "Loss")
@@ -203,9 +203,9 @@ class YoloXFastDetectionLoss(YoloXDetectionLoss):
     of these which it costs least.
 
     Args:
-        dynamic_ks_bias: factor on the sum of IoUs that gives k.
-        obj_loss_fix: divide the objectness term by the number of all anchor points instead.
-        **settings: those of YoloXDetectionLoss.
+        dynamic_ks_bias: factor on the sum of IoUs, which gives k.
+        obj_loss_fix: divide the objectness term by the number of all anchor points instead of the assigned ones.
+        **settings: arguments of YoloXDetectionLoss.
     """
 
     def __init__(

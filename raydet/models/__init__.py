@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from raydet.models.reference_weights import Weights
 from raydet.models.ssd import SSDLiteMobileNetV2
 from raydet.models.yolo_nas import YoloNAS_L, YoloNAS_M, YoloNAS_S
 from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, YoloX_X, YoloXHead, YoloXPAN
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "FAMILIES",
@@ -37,7 +40,6 @@ __all__ = [
     "YoloX_S",
     "YoloX_T",
     "YoloX_X",
-    "build",
     "family_of",
     "get",
     "load_weights",
@@ -75,11 +77,12 @@ def get(
     """Build a detector.
 
     Args:
-        name: such as yolox_s, ppyoloe_s, yolo_nas_s or ssd_lite_mobilenet_v2.
-        num_classes: of the prediction layers.
-        weights: path or URI of a checkpoint, of raydet or under Megvii's or super-gradients' names. Prediction layers
-            for another class count start afresh, and a warning says so. Nothing is ever downloaded but the URI.
-        image_size: (height, width) in pixels, for a model that is built for one size, SSD; None: its own.
+        name: name of the model, such as yolox_s, ppyoloe_s, yolo_nas_s or ssd_lite_mobilenet_v2.
+        num_classes: number of classes that the prediction layers tell apart.
+        weights: path or URI of a checkpoint of raydet, or of a file with the names of Megvii's YOLOX or of
+            SuperGradients. Prediction layers for another number of classes start afresh, and a warning says so.
+            Nothing is ever downloaded but the URI. None: random weights.
+        image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
 
     Raises:
         RaydetError: no such model, no such file, or a file of another model.

@@ -16,15 +16,15 @@ class Conv(nn.Module):
     """Convolution without bias, batch norm, activation; padded so that stride 1 keeps the size.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        kernel: side in pixels.
-        stride: in pixels.
-        groups: of channels that do not mix.
-        padding: None: (kernel - 1) // 2.
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output.
+        kernel: side of the kernel in pixels.
+        stride: stride in pixels.
+        groups: number of groups of channels that do not mix.
+        padding: padding in pixels; None: (kernel - 1) // 2.
         act: class of the activation.
-        eps: of the norm; its default and momentum's are those of YOLOX and YOLO-NAS.
-        momentum: of the norm's statistics.
+        eps: epsilon of the batch norm; the default is that of YOLOX and YOLO-NAS.
+        momentum: momentum of the batch norm statistics; the default is that of YOLOX and YOLO-NAS.
     """
 
     def __init__(
@@ -268,10 +268,10 @@ def dfl_output(
     """Join the maps of all levels into a head's output.
 
     Args:
-        cls_maps: [B, C, H, W] each.
-        reg_maps: [B, 4 · (REG_MAX + 1), H, W] each.
-        strides: of the levels, in pixels.
-        module: the head, whose mode decides.
+        cls_maps: [B, C, H, W] class logits of each level.
+        reg_maps: [B, 4 · (REG_MAX + 1), H, W] box logits of each level.
+        strides: stride of each level, in pixels.
+        module: the head, whose mode (training or evaluation) decides what is returned.
 
     Returns:
         In training mode the DFLOutput; in evaluation mode ((boxes [B, L, 4] xyxy in pixels, scores [B, L, C]), the

@@ -34,10 +34,10 @@ class Exported(nn.Module):
     """A detector with its preprocessing and post-prediction as one function of tensors, with no loop over images.
 
     Args:
-        model: in evaluation mode.
-        preprocessing: of the model.
+        model: the detector, in evaluation mode.
+        preprocessing: how an image becomes the model's input.
         callback: what counts as a detection; NMS is "iterative".
-        form: of the output: "batch" or "flat".
+        form: form of the output: "batch" or "flat".
     """
 
     def __init__(self, model: Detector, preprocessing: Preprocessing, callback: PostPrediction, form: str):

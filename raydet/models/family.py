@@ -22,10 +22,10 @@ class Preprocessing:
     """How an image becomes a model's input: how it is fitted in, and (pixel - mean) / std with pixels 0 … 255.
 
     Attributes:
-        mean: of each channel, in the order of `channels`.
-        std: likewise.
-        channels: the order that the model expects; images come as BGR.
-        resize: see `raydet.boxes.place`.
+        mean: mean of each channel, in the order of `channels`.
+        std: standard deviation of each channel, in the order of `channels`.
+        channels: order of the channels that the model expects; images come as BGR.
+        resize: how an image is fitted into the input, see `raydet.boxes.place`.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -59,10 +59,10 @@ class Detector(nn.Module):
             `cls_preds`, an output a class in their order, and `post_prediction` is the class of its callback. A
             `background`, where it has one, is the number of classes before these; then a class may have several
             outputs.
-        preprocessing: None: that of the head's family.
+        preprocessing: how an image becomes the input; None: as in the head's family.
 
     Attributes:
-        licence: of the weights that were loaded into it; empty: none were.
+        licence: licence of the weights that were loaded into it; empty: none were.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Adapter:
 
     Attributes:
         source: the project and model, for messages.
-        licence: of the weights that the project publishes.
+        licence: licence of the weights that the project publishes.
         mark: a pattern that only names of this project and family have.
         renames: patterns and their replacements, applied in turn to each name.
         unused: a pattern of names that are no part of the model.

@@ -60,8 +60,8 @@ class Weights:
     Attributes:
         tensors: name → tensor.
         source: whose names the file had, for messages.
-        licence: of these weights, as far as it is known.
-        class_names: name of each class that they tell apart; None: unknown, no config.json is beside them.
+        licence: licence of the weights, as far as it is known.
+        class_names: name of each class that the weights tell apart; None: unknown, no config.json is beside them.
     """
 
     tensors: dict[str, Tensor]
@@ -75,8 +75,8 @@ def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collecti
 
     Args:
         weights: path or URI of a weights file, or path of a checkpoint folder.
-        adapters: of all families; which one fits is seen from the names.
-        own: names of the model's tensors; a file that has the same is raydet's.
+        adapters: adapters of all families; the names of the tensors tell which one fits.
+        own: names of the model's tensors; a file that has these names is raydet's.
 
     Raises:
         RaydetError: there is no such file, it cannot be read safely, or its names are of no known project.
@@ -165,9 +165,9 @@ def other_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> st
     """Return a line that says how the classes of a checkpoint differ from those of the data.
 
     Args:
-        source: of the checkpoint.
-        theirs: names of its classes.
-        ours: names of the data's.
+        source: where the checkpoint comes from.
+        theirs: names of the checkpoint's classes.
+        ours: names of the data's classes.
     """
     if sorted(theirs) == sorted(ours):
         place = next(number for number, names in enumerate(zip(theirs, ours, strict=True)) if names[0] != names[1])
@@ -191,9 +191,9 @@ def _by_name(
     """Return a model's prediction layers with the rows of the classes that weights know; None: they know none of them.
 
     Args:
-        model: as it begins.
-        tensors: of the weights, by the names of the model's prediction layers.
-        theirs: names of their classes.
+        model: the model before its weights are loaded.
+        tensors: tensors of the weights, by the names of the model's prediction layers.
+        theirs: names of the weights' classes.
         ours: names of the model's classes.
     """
     if not set(theirs) & set(ours):

@@ -56,9 +56,9 @@ class YoloXPAN(nn.Module):
     """Path aggregation: features go from coarse to fine, then back (Liu et al., PANet, 2018).
 
     Args:
-        in_channels: of the maps at strides 8, 16 and 32, and of the results.
-        blocks: bottlenecks of each layer.
-        depthwise: of depthwise convolutions.
+        in_channels: number of channels of the maps at strides 8, 16 and 32; the results have the same.
+        blocks: number of bottlenecks in each layer.
+        depthwise: use depthwise convolutions.
     """
 
     def __init__(self, in_channels: Sequence[int], blocks: int = 1, depthwise: bool = False):
@@ -99,10 +99,10 @@ class YoloXHead(nn.Module):
     maps).
 
     Args:
-        in_channels: of the three maps.
-        num_classes: C.
-        hidden: channels of the branches.
-        depthwise: of depthwise convolutions.
+        in_channels: number of channels of each of the three maps.
+        num_classes: number of classes, C.
+        hidden: number of channels of the branches.
+        depthwise: use depthwise convolutions.
     """
 
     post_prediction = YoloXPostPredictionCallback

@@ -42,12 +42,12 @@ class Written:
     """An ONNX file, and how near it is to the checkpoint.
 
     Attributes:
-        path: of the file.
-        detections: that were compared.
-        threshold: lowest score of those, that of the file where it detects something.
-        missing: of these, which only one of the two has.
-        score: largest difference of a score.
-        pixels: largest difference of a box's side.
+        path: path of the ONNX file.
+        detections: number of detections that were compared.
+        threshold: lowest score of these detections: that of the file where it detects something.
+        missing: number of these detections that only one of the two has.
+        score: largest difference between two scores.
+        pixels: largest difference between two box sides, in pixels.
     """
 
     path: Path
@@ -80,14 +80,14 @@ def export(
     """Write a checkpoint as ONNX: preprocessing, the model, its thresholds and NMS in one file; and compare them.
 
     Args:
-        path: of a checkpoint, or of a run, whose best it is.
-        out: the file; None: model.onnx in the checkpoint's folder.
+        path: folder of a checkpoint, or of a run, whose best checkpoint is taken.
+        out: path of the ONNX file; None: model.onnx in the checkpoint's folder.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: in its place, run the code that the checkpoint names as its model, and the recipe of its run to read
             the images to compare with.
-        form: of the output, see `raydet.models.export.Exported`.
-        conf: lowest score, in place of the checkpoint's.
-        iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
+        form: form of the output, see `raydet.models.export.Exported`.
+        conf: lowest score of a detection, in place of the checkpoint's.
+        iou: IoU threshold of NMS, in place of the checkpoint's.
         say: takes each line of progress.
 
     Raises:

@@ -130,18 +130,18 @@ def batch_predict(
     """Detect in all images below a folder, or go on where that was interrupted.
 
     Args:
-        checkpoint: its folder, or that of a run, whose best it is.
+        checkpoint: folder of a checkpoint, or of a run, whose best checkpoint is taken.
         source: folder of images, a URI or a path that all nodes share.
-        out: folder for the detections, likewise.
+        out: folder for the detections, a URI or a path that all nodes share.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: in its place, run the `package.module:function` that the checkpoint names as its model.
         form: "parquet", or "coco": COCO's results besides.
-        conf: lowest score; None: the checkpoint's, but at least 0.25.
-        iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
-        batch_size: images at once.
-        shard_images: images of a part, which is what a start that is killed loses for each actor.
-        actors: models at once; None: one for each GPU, or without GPUs for each CPU.
-        max_pixels: pixels of the largest image that is decoded; a larger one is an image that cannot be read.
+        conf: lowest score of a detection; None: the checkpoint's, but at least 0.25.
+        iou: IoU threshold of NMS, in place of the checkpoint's.
+        batch_size: number of images in a batch.
+        shard_images: number of images in a file of detections, which is what each actor loses when it is killed.
+        actors: number of models at once; None: one for each GPU, or without GPUs for each CPU.
+        max_pixels: largest image to decode, in pixels; a larger image cannot be read.
         verbose: let Ray print what its actors print.
         say: takes each line of progress.
 

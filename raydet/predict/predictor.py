@@ -42,9 +42,9 @@ class Detections:
 
     Attributes:
         boxes: float32 [n, 4] xyxy in pixels of the image.
-        scores: float32 [n].
-        labels: int64 [n].
-        config: of the model: names and ids of the classes.
+        scores: float32 [n] scores, descending.
+        labels: int64 [n] classes.
+        config: config of the model, with the names and ids of the classes.
         picture: the image; a file is read again when its pixels are asked for.
     """
 
@@ -93,7 +93,7 @@ class Detections:
         """Return them as COCO's results, in the category ids of the data set the model was trained on.
 
         Args:
-            image_id: of the image; None: the number that its file is named by, as COCO's are, or 0.
+            image_id: id of the image; None: the number that its file is named by, as COCO's are, or 0.
         """
         if image_id is None:
             stem = Path(self.picture.name).stem
@@ -127,13 +127,13 @@ class DetectionStream:
     """Detections of a source, made as they are asked for; each iteration begins anew.
 
     Args:
-        predictor: detects.
-        source: of the pictures.
+        predictor: the model that detects.
+        source: source of the pictures.
         thresholds: what counts as a detection.
-        batch_size: images at once.
+        batch_size: number of images in a batch.
 
     Attributes:
-        source: of the pictures.
+        source: source of the pictures.
         failed: images of the last iteration that could not be read: name → what is wrong.
     """
 
@@ -190,9 +190,9 @@ class Predictor:
     """A trained model with what it needs to detect.
 
     Args:
-        model: its weights loaded.
-        config: of its checkpoint.
-        device: to run on.
+        model: the model, with its weights loaded.
+        config: config of its checkpoint.
+        device: device to run on.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
@@ -216,10 +216,10 @@ class Predictor:
                 (an image of OpenCV's is BGR: give `image[:, :, ::-1]`), PIL image, tensor uint8 [3, H, W] or
                 [B, 3, H, W] in RGB, or a list of any of these. What a camera noted of its orientation is applied to
                 files and PIL images.
-            conf: lowest score, in place of the checkpoint's.
-            iou: of two boxes that overlap more the better stays, in place of the checkpoint's.
-            batch_size: images at once.
-            max_pixels: pixels of the largest image file that is decoded; a larger one is an image that cannot be read.
+            conf: lowest score of a detection, in place of the checkpoint's.
+            iou: IoU threshold of NMS, in place of the checkpoint's.
+            batch_size: number of images in a batch.
+            max_pixels: largest image file to decode, in pixels; a larger image cannot be read.
 
         Returns:
             Of one image its `Detections`; of many a list of them, in which `failed` says which files could not be
@@ -273,8 +273,8 @@ class Predictor:
         """Detect in a batch of images that `fit` made.
 
         Args:
-            inputs: of `fit`.
-            sizes: width and height of each image before.
+            inputs: images that `fit` made.
+            sizes: (width, height) of each image before `fit`.
             thresholds: what counts as a detection.
 
         Returns:
@@ -295,8 +295,8 @@ class OnnxPredictor(Predictor):
     """A model that `raydet export` wrote, run by onnxruntime: on a GPU where onnxruntime-gpu is installed.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
+        content: content of the file.
+        name: name of the file, for messages.
 
     Raises:
         RaydetError: onnxruntime is not installed, or the file is damaged or not of `raydet export`.
@@ -354,8 +354,9 @@ def load(
     """Load a checkpoint, the best one of a run, or what `raydet export` wrote.
 
     Args:
-        path: of a checkpoint or run folder, or of an ONNX file.
-        device: such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU. Of no meaning to an ONNX file.
+        path: path of a checkpoint, of the folder of a run, or of an ONNX file.
+        device: device such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU. It has no meaning for an
+            ONNX file.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: in its place, run the `package.module:function` that the checkpoint names as its model.
 

@@ -58,7 +58,7 @@ class Notes:
     """What was written into a folder, by name and checksum, in a file there.
 
     Args:
-        folder: of the files.
+        folder: folder that holds the files.
     """
 
     def __init__(self, folder: Path):

@@ -35,7 +35,7 @@ def plot(folder: Path, out: Path | None = None) -> Path:
     """Draw a run's loss, its components, learning rate and AP; return the picture's path.
 
     Args:
-        folder: of the run, finished or not.
+        folder: folder of the run, finished or not.
         out: the picture, a PNG; None: images/metrics.png in the folder.
 
     Raises:

@@ -36,7 +36,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: 
 
     Args:
         series: name → at least one point; up to three.
-        unit: of x.
+        unit: unit of x.
     """
     drawn = {name: _thinned(*points) for name, points in series.items()}
     values = np.concatenate([y for _, y in drawn.values()])
@@ -94,7 +94,7 @@ def bar_table(head: Sequence[str], rows: Mapping[str, tuple[Sequence[str], Array
     """A table that ends in bars.
 
     Args:
-        head: of the columns, HTML.
+        head: heads of the columns, as HTML.
         rows: name → text of the cells, and a share for each split.
     """
     top = max((float(shares.max()) for _, shares in rows.values()), default=0.0) or 1.0

@@ -62,17 +62,17 @@ class Statistics:
 
     Attributes:
         class_names: name of each label.
-        images: their number.
-        objects: likewise.
-        crowds: likewise.
-        empty: images without objects.
-        objects_of_class: [classes].
-        images_of_class: [classes], images that have one.
+        images: number of images.
+        objects: number of objects.
+        crowds: number of crowds.
+        empty: number of images without objects.
+        objects_of_class: [classes] number of objects.
+        images_of_class: [classes] number of images that have such an object.
         coco_sizes: [3], objects of each of `COCO_SIZES`, by their area.
         relative_sizes: histogram of the square root of a box's share of its image, over `RELATIVE_SIZES`; what lies
             beyond is in the outer bins.
-        aspect_ratios: histogram of width / height over `ASPECT_RATIOS`, likewise.
-        objects_an_image: [most objects + 1], images with so many.
+        aspect_ratios: histogram of width / height over `ASPECT_RATIOS`; what lies beyond is in the outer bins.
+        objects_an_image: [most objects + 1] number of images with this many objects.
         image_sizes: (width, height) in pixels → images, most frequent first.
         centres: [`CELLS`, `CELLS`], objects by where in their image the centre is, rows first.
     """
@@ -104,7 +104,7 @@ class Finding:
         level: "error": training stops or learns what is wrong; "warning": probably a mistake; "note": good to know.
         split: its name, or the names of several.
         what: which records.
-        count: of them.
+        count: number of these records.
         remedy: what to do, or what it means.
         examples: the first of them.
     """
@@ -141,7 +141,7 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        root: of the data set.
+        root: folder or URI of the data set.
         splits: name → numbers.
         findings: the worst first.
         galleries: headline → pictures.
@@ -157,7 +157,7 @@ class Decoded(NamedTuple):
     """What `decode_all` learnt of an image.
 
     Attributes:
-        digest: of its file; empty if it cannot be used.
+        digest: digest of its file; empty if it cannot be used.
         problem: why it cannot be used, or empty.
         warning: what the library that decoded it printed, or empty.
     """
@@ -187,10 +187,11 @@ def inspect(
         problems: name → records that its loader had to leave out; or why it could not be read, if it is no split.
         notices: name → what its loader takes for a mistake.
         image_size: (height, width) of the model's input in pixels, which tells what is tiny.
-        counted: detections that an evaluation counts of a class in an image, and keeps of an image.
+        counted: number of detections of each class in an image that an evaluation counts, and number of detections
+            that it keeps in an image.
         decoded: name → what `decode_all` gives.
         augmented: samples as the model will get them.
-        seed: of the choice of pictures.
+        seed: seed of the choice of pictures.
     """
     decoded = decoded or {}
     statistics = {split: measure(index) for split, index in splits.items()}

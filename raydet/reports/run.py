@@ -37,8 +37,8 @@ def report(folder: Path, out: Path | None = None) -> Path:
     """Write a run's report, and return its path.
 
     Args:
-        folder: of the run, finished or not.
-        out: the page; None: report.html in the folder.
+        folder: folder of the run, finished or not.
+        out: path of the page; None: report.html in the folder.
 
     Raises:
         RaydetError: it is no run, nothing is logged, or the page cannot be written.
@@ -202,8 +202,8 @@ def draw_validation(folder: Path, index: Index, model: nn.Module | None = None) 
     The images are spread over the index; detections below a score of 0.3 are left out.
 
     Args:
-        folder: of the run.
-        index: of the images.
+        folder: folder of the run.
+        index: index of the images.
         model: a detector of the user's own, where the run is of one.
     """
     predictor = load(folder, model=model)

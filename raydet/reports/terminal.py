@@ -75,7 +75,7 @@ def follow(folder: Path, say: Callable[[str], Any], table: LiveTable | None) -> 
     """Show what is appended to a run's log.txt and metrics.jsonl from now on.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         say: takes each line of log.txt, if there is no table.
         table: takes the metrics, and the lines that say something else.
     """
@@ -130,9 +130,9 @@ class LiveTable:
     """A run's last training lines and validations, redrawn in place in a terminal; a context manager.
 
     Args:
-        epochs: of the run.
-        total_steps: of the run.
-        console: where to show it; None: standard output.
+        epochs: number of epochs of the run.
+        total_steps: number of steps of the run.
+        console: console to show it on; None: standard output.
     """
 
     def __init__(self, epochs: int, total_steps: int, console: Console | None = None):

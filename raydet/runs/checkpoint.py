@@ -65,10 +65,10 @@ class Config:
         model: name in `raydet.models`, or `package.module:function`; empty for an object of the user's own.
         class_names: name of each label.
         category_ids: the data set's own id of each label.
-        image_size: (height, width) the model was trained at, in pixels.
-        preprocessing: from pixels to the model's input.
+        image_size: (height, width) that the model was trained at, in pixels.
+        preprocessing: how an image becomes the model's input.
         thresholds: what counts as a detection.
-        licence: of the weights the training began with; empty: none.
+        licence: licence of the weights that the training began with; empty: there were none.
     """
 
     model: str
@@ -107,12 +107,12 @@ def pack(
 
     Args:
         config: what is known of the model.
-        average: the weights to use.
+        average: the model with the averaged weights (EMA), which are the weights to use.
         training: state dicts by name, for going on with the training; None: it cannot be gone on with.
         progress: where it stands.
-        epoch: epochs that are done.
-        metrics: of these weights.
-        is_awaited: the metrics will come: it is being validated elsewhere.
+        epoch: number of epochs that are done.
+        metrics: metrics of the averaged weights.
+        is_awaited: the metrics will come later: the checkpoint is being validated elsewhere.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
     packed = {WEIGHTS: safetensors.torch.save(tensors)}
@@ -298,9 +298,9 @@ def restore(
     """Load a checkpoint for going on with its training.
 
     Args:
-        folder: of the checkpoint.
-        average: gets the weights to use.
-        online: gets those that are trained.
+        folder: folder of the checkpoint.
+        average: gets the averaged weights (EMA).
+        online: gets the weights that are trained.
         others: what else has a state, such as the optimizer, by name.
 
     Returns:
@@ -330,8 +330,8 @@ def config_of(content: Mapping[str, Any], name: str) -> Config:
     """Return what a config.json says.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
+        content: content of the file.
+        name: name of the file, for messages.
 
     Raises:
         RaydetError: it is damaged, or of another format.
@@ -361,10 +361,10 @@ def load_model(folder: Path, config: Config, model: nn.Module | None = None, tru
     """Return the model of a checkpoint, in evaluation mode, on the CPU.
 
     Args:
-        folder: of the checkpoint.
-        config: of it.
-        model: gets the weights; None: what the checkpoint names is built.
-        trust_code: run the code that it names, where that is none of raydet's.
+        folder: folder of the checkpoint.
+        config: config of the checkpoint.
+        model: gets the weights; None: the model that the checkpoint names is built.
+        trust_code: run the code that the checkpoint names, where it is not raydet's own.
 
     Raises:
         RaydetError: the weights are damaged or of another model, or the checkpoint names none, or code that is not

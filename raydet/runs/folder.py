@@ -158,8 +158,8 @@ def image_size_of(
     """Return the (height, width) to evaluate a checkpoint at: its own, unless the overrides give another.
 
     Args:
-        config: of the checkpoint.
-        recipe: to evaluate with; a line names its size where it is another one and does not count.
+        config: config of the checkpoint.
+        recipe: recipe to evaluate with; where its size is another one, a line says that it does not count.
         overrides: `section.key=value`.
         say: takes that line.
     """

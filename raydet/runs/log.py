@@ -113,14 +113,14 @@ class RunLog:
         """Draw images with their boxes as images/{name}.jpg, in place of those before, and note it in pictures.jsonl.
 
         Args:
-            name: which pictures of the run they are.
-            title: the same in words.
+            name: name of these pictures in the run.
+            title: title of these pictures, for people.
             images: at least one.
             class_names: name of each class.
             gt_alpha: see `raydet.visualization.draw`.
-            step: of the training, at which they were seen.
-            epoch: that has ended.
-            value: of what is extreme in them.
+            step: step of the training at which they were made.
+            epoch: epoch that has ended.
+            value: value of the metric or loss that is extreme in them; None: none is.
         """
         for tracker in self.trackers:
             tracker.pictures(name, images, class_names, {"step": step, "epoch": epoch})

@@ -33,8 +33,8 @@ class Mirror:
     """A folder of this machine and one in a store.
 
     Args:
-        folder: on this machine.
-        address: of the other; None: there is none, and nothing to do.
+        folder: folder on this machine.
+        address: address of the folder in the store; None: there is none, and nothing to do.
         ignored: names at the top of the folder that are not brought to the store.
     """
 
@@ -162,8 +162,8 @@ def worker_folder(address: str, rank: int) -> Iterator[Path]:
     """Give a worker a folder with what its run needs to go on, and bring what it writes there to the store.
 
     Args:
-        address: of the run in the store.
-        rank: of the worker; the log and the metrics are rank 0's.
+        address: address of the run in the store.
+        rank: rank of the worker; the log and the metrics are rank 0's.
 
     Raises:
         RaydetError: the store cannot be reached; the folder stays.

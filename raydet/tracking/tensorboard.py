@@ -15,7 +15,7 @@ class TensorBoardRun:
     """Event files of a run; those of a training that is resumed take the place of what it does again.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         say: takes a line when they cannot be written.
     """
 

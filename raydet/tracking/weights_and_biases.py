@@ -28,7 +28,7 @@ class WandbRun:
 
     Args:
         recipe: the settings.
-        folder: of the run.
+        folder: folder of the run.
         say: takes a line when W&B fails.
     """
 

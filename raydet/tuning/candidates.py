@@ -73,8 +73,8 @@ class CandidateSet:
     """The candidates of a validation set.
 
     Args:
-        file: that `keep` wrote.
-        index: of the images.
+        file: file that `keep` wrote.
+        index: index of the images.
         size: (height, width) of the model's input in pixels.
         resize: how images are fitted into it.
 

@@ -40,12 +40,12 @@ class Tuned:
     """What a search for thresholds found.
 
     Attributes:
-        thresholds: to use: the winner's, or those there were where the winner is not better on the images held out.
+        thresholds: thresholds to use: the winner's, or the old ones where the winner is no better on held-out images.
         winner: the best setting on the images that were searched on.
-        comparison: of it with the default on those held out.
-        values: each setting's value on the images searched on, the best first.
-        seconds: of the search, without the candidates.
-        folder: of the table and the picture.
+        comparison: the winner beside the default on the held-out images.
+        values: value of each setting on the images that were searched on, best first.
+        seconds: time of the search, without that of the candidates.
+        folder: folder of the table and the picture.
         not_stored: why the checkpoint does not get them; empty: it has them, or no better ones were found.
     """
 
@@ -97,15 +97,16 @@ def tune_nms(
     """Search for the thresholds by which a checkpoint detects best, and store them in it.
 
     Args:
-        path: of the checkpoint folder, run folder (its best one), or weights file, which nothing is stored in.
-        recipe: of the data and, for a weights file, of the model; None: that of the run.
+        path: folder of a checkpoint, or of a run, whose best checkpoint is taken, or a weights file. Nothing is stored
+            in a weights file.
+        recipe: recipe of the data and, for a weights file, of the model; None: the recipe of the run.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
         overrides: `section.key=value`.
         objective: what is to be highest, one of raydet.tuning.thresholds.OBJECTIVES.
         precision: only settings by which at least this share of the detections is right at IoU 0.50; None: any.
         trials: number of settings.
-        seed: of the settings, of the halves of the images and of the bootstrap.
+        seed: seed of the settings, of the halves of the images and of the bootstrap.
         out: folder for the table and the picture; None: the checkpoint's, or for a weights file this one.
         debug: in this process, without Ray.
         device: with `debug`.

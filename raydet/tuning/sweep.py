@@ -60,10 +60,10 @@ class Sweep:
     """What a sweep has found.
 
     Attributes:
-        folder: of the sweep; a folder in it for each trial's run.
-        recipe: the best trial's, for `raydet train`.
-        trials: the best first.
-        pictures: of it.
+        folder: folder of the sweep, in which each trial's run has a folder.
+        recipe: recipe of the best trial, for `raydet train`.
+        trials: all trials, best first.
+        pictures: pictures of the sweep.
         finished_before: the sweep had been finished already, and nothing was done.
     """
 
@@ -181,10 +181,10 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     """Train with the settings that Ray Tune has drawn; it calls this in a process of its own.
 
     Args:
-        config: the draws.
+        config: the settings that were drawn.
         base: the recipe of all trials.
         own: further arguments of `raydet.train`.
-        loaded: the same with the data that `base` names.
+        loaded: further arguments of `raydet.train`: the data that `base` names.
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 

@@ -61,8 +61,8 @@ class Comparison:
     """The winner beside the default on images that had no part in the search.
 
     Attributes:
-        default: value of the objective.
-        winner: likewise.
+        default: value of the objective with the default thresholds.
+        winner: value of the objective with the winner's thresholds.
         gain: low, middle and high of the winner's value less the default's: the middle as it is, low and high the
             bounds that 95 % of the bootstrap's resamples of the images are within.
     """
@@ -81,11 +81,11 @@ class Search:
     """Values of settings on two halves of a validation set: one to search on, one to compare on.
 
     Args:
-        candidates: of the validation set.
+        candidates: candidates of the validation set.
         objective: one of `OBJECTIVES`.
         precision: settings by which a smaller share of the detections is right at IoU 0.50 are worth nothing.
-        seed: of the halves.
-        max_dets: the best so many detections of each class in an image count.
+        seed: seed of the halves.
+        max_dets: largest number of detections of each class in an image that count, best scores first.
 
     Raises:
         RaydetError: there is no such objective, or a half has no objects.

@@ -26,12 +26,12 @@ class Trial:
     """A training with settings that a sweep has chosen.
 
     Attributes:
-        name: of its folder.
-        values: of the settings, by their keys.
+        name: name of the trial's folder.
+        values: value of each setting, by its key.
         state: waiting, running, finished, stopped early or failed.
-        epoch: epochs that it has done.
-        value: its best by eval.watch; None: nothing was measured.
-        error: why it failed.
+        epoch: number of epochs that are done.
+        value: best value of eval.watch; None: nothing was measured.
+        error: why the trial failed.
     """
 
     name: str
@@ -120,12 +120,12 @@ class Board(TrialProgressCallback):  # type: ignore[misc]
     """A callback of Ray Tune, in place of its own that prints lines, and a context manager; one at a time.
 
     Args:
-        space: of the sweep.
-        watch: the metric.
-        epochs: of a trial.
+        space: settings that the sweep tries.
+        watch: metric by which trials are compared.
+        epochs: number of epochs of a trial.
         live: redraw a table in the terminal.
         say: takes lines, without a table.
-        folder: of the sweep.
+        folder: folder of the sweep.
     """
 
     def __init__(

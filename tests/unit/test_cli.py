@@ -55,11 +55,17 @@ def test_each_command_s_help_has_an_example(command):
     assert "Example: raydet " in raydet(command, "--help").stdout
 
 
+def test_help_shows_defaults_that_the_checkpoint_or_the_machine_decides():
+    """They are given as defaults: square brackets in a help text are styles, and are not shown."""
+    assert "[default: (the checkpoint's)]" in raydet("predict", "--help").stdout
+    assert "the first GPU" in raydet("evaluate", "--help").stdout
+
+
 def test_recipes_lists_all_and_prints_one(tmp_path):
     listed = raydet("recipes").stdout
     assert [line.split()[0] for line in listed.splitlines()] == list(shipped())
     printed = raydet("recipes", "demo", "train.epochs=7").stdout
-    assert "\n  # passes over the training images\n  epochs: 7\n" in printed
+    assert "\n  # number of passes over the training images\n  epochs: 7\n" in printed
     (tmp_path / "mine.yaml").write_text(printed)
     assert raydet("recipes", tmp_path / "mine.yaml").stdout == printed
     assert load(tmp_path / "mine.yaml").name == "mine"
