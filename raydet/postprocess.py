@@ -118,7 +118,7 @@ class _WithMatrix(PostPrediction):
     Args:
         nms_type: "iterative", or "matrix": a box counts as its best class, the best `max_predictions` of an image decay
             each other's scores, those that stay above `conf` are kept, and `iou` and `nms_top_k` have no part in it.
-        **settings: those of PostPrediction.
+        **settings: arguments of PostPrediction.
     """
 
     def __init__(

@@ -123,8 +123,8 @@ class Store:
 
         Args:
             folder: below the root.
-            recursive: list the folders below it too.
-            hidden: list hidden files and folders too, see `is_hidden`.
+            recursive: list the folders below it as well.
+            hidden: list hidden files and folders as well, see `is_hidden`.
 
         Raises:
             RaydetError: there is no such folder.

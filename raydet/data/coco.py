@@ -61,7 +61,7 @@ def load_coco(
         images: folder that its `file_name`s start from.
         problems: gets what is wrong with images and annotations; None: the first problem stops.
         store: what the paths start from; None: they are local.
-        images_key: what `images` is called where the user says it, for messages.
+        images_key: name of the setting that `images` is from, for messages.
 
     Raises:
         RaydetError: the file or folder is missing, is not COCO, its categories make no sense, or its boxes are shares
@@ -215,7 +215,7 @@ class _Objects:
     """The annotations of a file, as arrays.
 
     Attributes:
-        categories: ids that occur → their numbers.
+        categories: id of a category → its number.
     """
 
     def __init__(self, source: str):

@@ -114,9 +114,9 @@ class SourceImages:
     """The source images of some pictures: each is read and decoded when it is first needed, and let go after the last.
 
     Args:
-        index: where they are.
-        pictures: all that show them, which decides how large they are decoded.
-        rendered: those of them that will be rendered, in that order.
+        index: index of the images.
+        pictures: all pictures that show the images, which decides how large the images are decoded.
+        rendered: the pictures that will be rendered, in this order.
     """
 
     def __init__(self, index: Index, pictures: Iterable[SamplePlan], rendered: Iterable[SamplePlan]):

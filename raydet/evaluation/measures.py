@@ -39,7 +39,7 @@ class Measured:
         truth: the objects.
         found: the detections, by image.
         class_names: name of each class.
-        max_dets: the best so many detections of each class in an image count.
+        max_dets: largest number of detections of each class in an image that count, best scores first.
     """
 
     truth: BoxTable

@@ -21,9 +21,9 @@ class Assignment(NamedTuple):
     """E entries, of which those in `keep` count.
 
     Attributes:
-        points: [E] anchor point in the batch, image · A + point.
-        objects: [E] row of the targets.
-        keep: [E] bool; a point is kept at most once.
+        points: [E] number of the anchor point in the batch, image · A + point.
+        objects: [E] row of the object in the targets.
+        keep: [E] bool, does the entry count? A point is kept at most once.
     """
 
     points: Tensor
@@ -77,12 +77,12 @@ class Best:
         shape: (number of images B, number of anchor points A).
         objects: number of objects, M.
         device: device of the scores.
-        values: how many further numbers are kept of each.
+        values: how many further numbers are kept for each anchor point.
 
     Attributes:
-        score: [B, A]; -inf: there is none, or its score is that.
+        score: [B, A] score with that object; -inf: there is no object, or its score is -inf.
         objects: [B, A] row of the targets, the first of equals; M where the score is -inf.
-        values: further numbers [B, A] of the object and the point.
+        values: [B, A] each, further numbers of the object and the point.
     """
 
     def __init__(self, shape: tuple[int, int], objects: int, device: torch.device, values: int = 0):

@@ -30,13 +30,13 @@ class Predictions(NamedTuple):
     """A model's output in float32.
 
     Attributes:
-        logits: [B, L, C].
-        distances: [B, L, 4 · (reg_max + 1)] before the softmax.
-        boxes: [B, L, 4] xyxy in pixels, without gradient.
-        anchors: [L, 4] xyxy in pixels.
-        points: [L, 2] in pixels.
-        strides: [L, 1] in pixels.
-        levels: points of each level.
+        logits: [B, L, C] class logits.
+        distances: [B, L, 4 · (reg_max + 1)] logits of the distances, before the softmax.
+        boxes: [B, L, 4] boxes, xyxy in pixels, without gradient.
+        anchors: [L, 4] anchor boxes, xyxy in pixels.
+        points: [L, 2] anchor points in pixels.
+        strides: [L, 1] stride of each anchor point in pixels.
+        levels: number of anchor points of each level.
     """
 
     logits: Tensor

@@ -57,7 +57,7 @@ class Video:
     Attributes:
         name: path, address, or number of the camera.
         address: what OpenCV opens.
-        fps: frames a second.
+        fps: frames per second.
         frames: number of frames as the file says; None: unknown.
     """
 
@@ -88,7 +88,7 @@ class Source:
 
     Attributes:
         parts: where they come from.
-        is_single: it is one image, not a list or folder of one.
+        is_single: is it one image, and not a list or a folder of one?
     """
 
     parts: tuple[Sequence[Picture] | Video, ...]
@@ -120,7 +120,7 @@ def open_source(source: Any, max_pixels: int = MAX_PIXELS) -> Source:
 
     Args:
         source: see `raydet.predict.predictor.Predictor.predict` for what it may be.
-        max_pixels: pixels of the largest image file that is decoded.
+        max_pixels: largest image file to decode, in pixels.
 
     Raises:
         RaydetError: it is nothing that can be detected in, or nothing is there.

@@ -36,7 +36,7 @@ def plot(folder: Path, out: Path | None = None) -> Path:
 
     Args:
         folder: folder of the run, finished or not.
-        out: the picture, a PNG; None: images/metrics.png in the folder.
+        out: path of the picture, a PNG; None: images/metrics.png in the folder.
 
     Raises:
         RaydetError: no step is logged, or the picture cannot be written.

@@ -95,7 +95,7 @@ def bar_table(head: Sequence[str], rows: Mapping[str, tuple[Sequence[str], Array
 
     Args:
         head: heads of the columns, as HTML.
-        rows: name → text of the cells, and a share for each split.
+        rows: name → text of the cells, and a share for each split, which is drawn as a bar.
     """
     top = max((float(shares.max()) for _, shares in rows.values()), default=0.0) or 1.0
     body = ""

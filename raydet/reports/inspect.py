@@ -68,13 +68,13 @@ class Statistics:
         empty: number of images without objects.
         objects_of_class: [classes] number of objects.
         images_of_class: [classes] number of images that have such an object.
-        coco_sizes: [3], objects of each of `COCO_SIZES`, by their area.
+        coco_sizes: [3] number of objects of each of `COCO_SIZES`, by their area.
         relative_sizes: histogram of the square root of a box's share of its image, over `RELATIVE_SIZES`; what lies
             beyond is in the outer bins.
         aspect_ratios: histogram of width / height over `ASPECT_RATIOS`; what lies beyond is in the outer bins.
         objects_an_image: [most objects + 1] number of images with this many objects.
         image_sizes: (width, height) in pixels → images, most frequent first.
-        centres: [`CELLS`, `CELLS`], objects by where in their image the centre is, rows first.
+        centres: [`CELLS`, `CELLS`] number of objects by where in their image the centre is, rows first.
     """
 
     class_names: tuple[str, ...]
@@ -102,11 +102,11 @@ class Finding:
 
     Attributes:
         level: "error": training stops or learns what is wrong; "warning": probably a mistake; "note": good to know.
-        split: its name, or the names of several.
-        what: which records.
+        split: name of the split, or names of several.
+        what: description of the records.
         count: number of these records.
         remedy: what to do, or what it means.
-        examples: the first of them.
+        examples: names of the first of these records.
     """
 
     level: Level
@@ -142,8 +142,8 @@ class Inspection:
 
     Attributes:
         root: folder or URI of the data set.
-        splits: name → numbers.
-        findings: the worst first.
+        splits: name of a split → its numbers.
+        findings: what a person should know, worst first.
         galleries: headline → pictures.
     """
 

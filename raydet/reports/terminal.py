@@ -261,9 +261,9 @@ class _Column:
     """A column of a table.
 
     Attributes:
-        title: at its head.
-        cell: the text of a line.
-        dispensable: the higher, the sooner it is left out where the terminal is narrow; 0: it stays.
+        title: head of the column.
+        cell: function that gives the text of a line in this column.
+        dispensable: order in which columns are left out where the terminal is narrow, highest first; 0: it stays.
     """
 
     title: str

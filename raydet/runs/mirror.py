@@ -191,8 +191,8 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
     What is written into the copy is brought to the store at the end.
 
     Args:
-        path: local, or an address.
-        weights: bring those of the checkpoint too, of a run those of the best.
+        path: local path or address of a run or a checkpoint.
+        weights: bring the weights of the checkpoint as well; of a run, those of the best checkpoint.
 
     Raises:
         RaydetError: there is nothing, or the store cannot be reached.

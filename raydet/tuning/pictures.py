@@ -28,10 +28,10 @@ def draw(trials: Sequence[Trial], space: Mapping[str, Space], watch: str, folder
     """Draw a sweep's trials and the importance of its settings; return the pictures' paths.
 
     Args:
-        trials: those that something was measured of, the best first.
-        space: that their values are from.
-        watch: the metric.
-        folder: for the pictures.
+        trials: trials that something was measured of, best first.
+        space: settings that the sweep tries.
+        watch: metric by which trials are compared.
+        folder: folder for the pictures.
     """
     figures = {COORDINATES: _coordinates(trials, space, watch), IMPORTANCE: _importance(trials, space, watch)}
     for name, figure in figures.items():

@@ -165,7 +165,7 @@ def described(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             text = ast.get_docstring(node) or ""
             for part in re.findall(r"^(?:Args|Attributes):\n((?: {4}.*\n?|\n)*)", text, re.MULTILINE):
-                for name, description in re.findall(r"^ {4}(\S+): (.*)$", part, re.MULTILINE):
+                for name, description in re.findall(r"^ {4}(\S[^:]*): (.*)$", part, re.MULTILINE):
                     yield f"{node.name}: {name}", description
         elif isinstance(node, ast.keyword) and node.arg == "help" and isinstance(node.value, ast.Constant):
             yield "an option", node.value.value
