@@ -22,7 +22,7 @@ from raydet.data.problems import Problems
 from raydet.data.samples import Samples
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
-from raydet.evaluation.coco import beyond, read_results
+from raydet.evaluation.coco import CocoEvaluation, beyond, read_results
 from raydet.models.reference_weights import other_classes
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.recipe import load as load_recipe
@@ -36,12 +36,11 @@ from raydet.runs.log import RunLog
 from raydet.runs.mirror import Mirror, opened
 from raydet.store import is_uri
 from raydet.tracking.trackers import tracked
-from raydet.training.job import Job
+from raydet.training.job import Job, Run
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.on_ray import on_ray
 from raydet.training.prepare import make_job
-from raydet.training.validation import restored
-from raydet.training.worlds import LocalWorld, evaluation_worker, train_worker
+from raydet.training.worlds import LocalWorld
 
 DEBUG_IMAGES, DEBUG_EPOCHS, DEBUG_BATCH = 64, 2, 8
 _DEBUG = "-debug"
@@ -168,11 +167,11 @@ def _train(
         world = LocalWorld(job, *streams, device=device)
         world.show_first_batch(say)
         with tracked(settings, folder, log, rank=0):
-            ended = train_loop(job, world, log)
+            ended = train_loop(Run(job, world, log))
     else:
         table = LiveTable(settings.train.epochs, job.total_steps) if live else None
         mirror.push()
-        ended = on_ray(train_worker, job, streams, verbose, say, table, callbacks, mirror.following())
+        ended = on_ray(train_loop, job, streams, verbose, say, table, callbacks, mirror.following())
     if ended.interrupted:
         raise KeyboardInterrupt
     mirror.refresh()
@@ -231,8 +230,8 @@ def evaluate(
             evaluation = read_results(local, val_index, settings.eval.max_dets)
         else:
             job, val_index = open_evaluation(local, recipe, model, overrides, say, trust_code)
-            state = run_evaluation(evaluation_loop, evaluation_worker, job, debug, device, verbose, say)
-            evaluation = restored(val_index, state)
+            state = run_evaluation(evaluation_loop, job, debug, device, verbose, say)
+            evaluation = CocoEvaluation.from_bytes(val_index, state)
         metrics = evaluation.compute()
         if out is not None:
             write_evaluation(Path(out), evaluation, metrics)
@@ -268,8 +267,7 @@ def open_evaluation(
 
 
 def run_evaluation(
-    loop: Callable[..., Any],
-    worker: Callable[[dict[str, Any]], Any],
+    loop: Callable[[Run], Any],
     job: Job,
     debug: bool,
     device: str | None,
@@ -277,15 +275,14 @@ def run_evaluation(
     say: Callable[[str], Any],
     then: Callable[[Path], Any] = lambda folder: None,
 ) -> Any:
-    """Run an evaluation's loop here or its worker on Ray, in a scratch folder; return what rank 0 returns.
+    """Run an evaluation here or on Ray, in a scratch folder; return what rank 0 returns.
 
     The scratch folder is made in the recipe's storage, which all nodes share.
 
     Args:
-        loop: called with the job, the world and a log.
-        worker: the same on Ray.
+        loop: what each rank does with its run.
         job: what is evaluated.
-        debug, device, verbose, say: as of `evaluate`.
+        debug, device, verbose, say: see `evaluate`.
         then: called with the scratch folder at the end.
 
     Raises:
@@ -305,9 +302,9 @@ def run_evaluation(
         job = replace(job, folder=Path(scratch))
         if debug:
             world = LocalWorld(job, *streams, device=pick_device(device))
-            result = loop(job, world, RunLog(job.folder, echo=say))
+            result = loop(Run(job, world, RunLog(job.folder, echo=say)))
         else:
-            result = on_ray(worker, job, streams, verbose, say)
+            result = on_ray(loop, job, streams, verbose, say)
         then(job.folder)
         return result
 

@@ -104,6 +104,13 @@ class CocoEvaluation:
         self._rows = [row for part in parts for row in part["rows"].tolist()]
         self._found = [part["found"] for part in parts]
 
+    @classmethod
+    def from_bytes(cls, index: Index, state: bytes) -> CocoEvaluation:
+        """Return the evaluation on an index that `to_bytes` gave the state of."""
+        evaluation = cls(index)
+        evaluation.merge_bytes([state])
+        return evaluation
+
     @property
     def found(self) -> BoxTable:
         """The detections by rows of the index: by image, in each as they were given."""

@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from raydet.evaluation.coco import MAIN_METRIC
 from raydet.visualization import Shown, sheet, write_picture
 
 METRICS_FILE = "metrics.jsonl"
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a method, its arguments by position and by name
 
 
 def parse_metrics(line: str | bytes) -> dict[str, float] | None:
@@ -36,6 +39,16 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / METRICS_FILE
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     return [values for line in lines if (values := parse_metrics(line)) is not None]
+
+
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Remove the lines of metrics.jsonl about later steps: the training will write them again."""
+    path = folder / METRICS_FILE
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        partial.replace(path)
 
 
 def components(values: Mapping[str, float]) -> dict[str, str]:
@@ -77,15 +90,6 @@ class RunLog:
         self._echo = echo
         self.trackers: Sequence[Tracker] = ()  # get metrics and pictures too
         folder.mkdir(parents=True, exist_ok=True)
-
-    def resume(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: they will be written again."""
-        path = self._folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines))
-            partial.replace(path)
 
     def metrics(self, **values: float) -> None:
         """Append a line of metrics; what is not finite is left out, as JSON has no such numbers."""
@@ -155,34 +159,51 @@ class RunLog:
 
 
 class Recorder:
-    """Takes what is to be logged in a process that has no folder of the run, for rank 0 to log it."""
+    """Takes what is to be logged in a process that has no access to the folder of the run, for rank 0 to log it.
 
-    def __init__(self) -> None:
-        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    Args:
+        say: takes lines of text at once.
+
+    Attributes:
+        calls: the methods of a `RunLog` to call with their arguments; see `replay`.
+    """
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.calls: list[Call] = []
+        self.say = say
 
     def metrics(self, **values: float) -> None:
         """See `RunLog.metrics`."""
-        self._calls.append(("metrics", (), values))
+        self.calls.append(("metrics", (), values))
 
     def pictures(self, *given: Any, **named: Any) -> None:
         """See `RunLog.pictures`."""
-        self._calls.append(("pictures", given, named))
-
-    def replay(self, log: RunLog) -> None:
-        """Log all of it."""
-        for method, given, named in self._calls:
-            getattr(log, method)(*given, **named)
+        self.calls.append(("pictures", given, named))
 
 
-class SayWarnings(logging.Handler):
-    """Puts raydet's warnings of a worker, such as that no data comes, among the lines of progress."""
+def replay(calls: Sequence[Call], log: RunLog) -> None:
+    """Log what a `Recorder` has taken."""
+    for method, given, named in calls:
+        getattr(log, method)(*given, **named)
 
+
+@contextmanager
+def warnings_said(say: Callable[[str], Any]) -> Iterator[None]:
+    """Put raydet's warnings, such as that no data comes, among the lines of progress."""
+    logger, handler = logging.getLogger("raydet"), _SayWarnings(say)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _SayWarnings(logging.Handler):
     def __init__(self, say: Callable[[str], Any]):
         super().__init__(logging.WARNING)
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say it."""
         self._say(f"warning: {record.getMessage()}")
 
 

@@ -5,7 +5,6 @@ Nothing goes over a disk: the task gets the weights from Ray's object store, and
 
 from __future__ import annotations
 
-import logging
 import queue
 import socket
 import time
@@ -20,10 +19,10 @@ import torch
 
 from raydet.data.stream import DataTasks, eval_batches
 from raydet.devices import pick_device
-from raydet.runs.log import Recorder, SayWarnings
+from raydet.runs.log import Recorder, warnings_said
 from raydet.training.extremes import ValPictures
 from raydet.training.job import Job, Validated
-from raydet.training.validation import evaluate, metrics_of
+from raydet.training.validation import Validation, metrics_of
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,13 @@ def _validate(
 ) -> Iterator[str | Validated]:
     """Run in a task of Ray: say how far the validation is, and at the end what it has found."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    handler = SayWarnings(lines.put)
-    logging.getLogger("raydet").addHandler(handler)
     yield f"epoch {epoch} is validated on {socket.gethostname()}"
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            result = pool.submit(_measure, job, samples[0], data, weights, epoch, step, lines.put)
-            while not result.done() or not lines.empty():
-                with suppress(queue.Empty):
-                    yield lines.get(timeout=0.5)
-            yield result.result()
-    finally:
-        logging.getLogger("raydet").removeHandler(handler)
+    with warnings_said(lines.put), ThreadPoolExecutor(1) as pool:
+        result = pool.submit(_measure, job, samples[0], data, weights, epoch, step, lines.put)
+        while not result.done() or not lines.empty():
+            with suppress(queue.Empty):
+                yield lines.get(timeout=0.5)
+        yield result.result()
 
 
 def _measure(
@@ -111,7 +105,7 @@ def _measure(
     import ray
 
     began = time.monotonic()
-    device, recorder = pick_device(None), Recorder()
+    device, recorder = pick_device(None), Recorder(say)
     job.model.load_state_dict(safetensors.torch.load(weights))
     model = job.model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = eval_batches(
@@ -121,13 +115,12 @@ def _measure(
         _Alone(),
         tasks=data,
         pin_memory=device.type == "cuda",
-    )()
+    )
     assert job.criterion is not None
-    pictures = ValPictures(job, 0, recorder, job.criterion.to(device), epoch, step)
-    settings = job.config.preprocessing, job.recipe.eval, device
-    state = evaluate(model, batches, job.val_index, *settings, say, pictures)
-    metrics = {f"val/{name}": value for name, value in metrics_of(job.val_index, state).items()}
-    return Validated(metrics, recorder, time.monotonic() - began)
+    validation = Validation(job, _Alone.rank, device, batches, recorder, beat=lambda: None)
+    pictures = ValPictures(validation, job.criterion.to(device), epoch, step)
+    metrics = metrics_of(validation.evaluate(model, pictures))
+    return Validated(metrics, recorder.calls, time.monotonic() - began)
 
 
 class _Alone:

@@ -32,8 +32,9 @@ from raydet.losses.base import PartialLoss, alone, has_terms
 from raydet.postprocess import PostPrediction
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.runs.log import Recorder, RunLog
-from raydet.training.job import Job, World
+from raydet.training.job import Job, Run, World
 from raydet.training.step import Outcome
+from raydet.training.validation import Validation
 from raydet.visualization import Shown
 
 Array = npt.NDArray[Any]
@@ -60,20 +61,18 @@ def check_pictures(recipe: Recipe, criterion: nn.Module, model: nn.Module, class
 
 
 class TrainPictures:
-    """Draws training batches, as the recipe has it; all ranks have one.
+    """Draws the training batches that the recipe asks for; all ranks have one.
 
     Args:
-        job: the training.
-        world: what surrounds it.
-        log: gets the pictures, on rank 0.
+        run: the training on this rank; its log gets the pictures, on rank 0.
         criterion: the loss.
-        callback: post-prediction of the model.
+        callback: the post-prediction of the model.
     """
 
-    def __init__(self, job: Job, world: World, log: RunLog, criterion: nn.Module, callback: PostPrediction):
-        track = job.recipe.track
-        self._job, self._world, self._log, self._callback = job, world, log, callback
-        self._decode = _decoder(job.model)
+    def __init__(self, run: Run, criterion: nn.Module, callback: PostPrediction):
+        track = run.job.recipe.track
+        self._job, self._world, self._log, self._callback = run.job, run.world, run.log, callback
+        self._decode = _decoder(run.job.model)
         self._components: list[str] = [f"{type(criterion).__name__}/{name}" for name in criterion.component_names]  # type: ignore[union-attr]
         self._extreme = [_Kept(entry) for entry in track.extreme_batches if entry.enable_on_train_loader]
         self._numbered: dict[Numbered, tuple[int, list[Shown]] | None] = {
@@ -155,20 +154,20 @@ class TrainPictures:
 
 
 class ValPictures:
-    """Draws validation batches and images, as the recipe has it; all ranks have one.
+    """Draws the validation batches and images that the recipe asks for; all ranks have one.
 
     Args:
-        job: the training.
-        rank: of this process.
-        log: gets the pictures, on rank 0.
+        validation: what is followed; its log gets the pictures, on rank 0.
         criterion: the loss, on the device of the model.
-        epoch: that has ended.
-        step: after which.
+        epoch: number of epochs that are done.
+        step: number of steps that are done.
     """
 
-    def __init__(self, job: Job, rank: int, log: RunLog | Recorder, criterion: nn.Module, epoch: int, step: int):
+    def __init__(self, validation: Validation, criterion: nn.Module, epoch: int, step: int):
+        job = validation.job
         track = job.recipe.track
-        self._job, self._rank, self._log, self._epoch, self._step = job, rank, log, epoch, step
+        self._job, self._rank, self._log, self._beat = job, validation.rank, validation.log, validation.beat
+        self._epoch, self._step = epoch, step
         self._criterion = criterion
         self._components = [f"{type(criterion).__name__}/{name}" for name in criterion.component_names]  # type: ignore[union-attr]
         on_valid = [entry for entry in track.extreme_batches if entry.enable_on_valid_loader]
@@ -192,20 +191,19 @@ class ValPictures:
         """Look at the detections in an image, [n, 6] in its pixels."""
         self._found[row] = boxes
 
-    def finish(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> None:
-        """Draw; all ranks call it.
+    def finish(self, evaluation: CocoEvaluation) -> None:
+        """Draw, with a sign of life after each measure and each picture; all ranks call it.
 
         Args:
-            evaluation: of this rank's images.
-            beat: called after each measure and each picture, as a sign of life.
+            evaluation: the evaluation of this rank's images.
         """
         if not (self._extreme or self._numbered):
             return
         began = time.monotonic()
         names = self._job.config.class_names
-        measured = self._measured(evaluation, beat)
+        measured = self._measured(evaluation)
         candidates = everyone([self._candidates(entry, *measured[entry.measure]) for entry in self._extreme])
-        chosen = [self._chosen(entry, [rank[n] for rank in candidates], beat) for n, entry in enumerate(self._extreme)]
+        chosen = [self._chosen(entry, [rank[n] for rank in candidates]) for n, entry in enumerate(self._extreme)]
         ranks = gathered(chosen)
         if ranks is None:
             return
@@ -214,15 +212,15 @@ class ValPictures:
             batch = [shown for _, pictures, _ in parts for shown in pictures]
             images = _most_extreme(entry, [image for _, _, part in parts for image in part])
             _publish(self._log, "valid", entry, names, batch, images, parts[0][0], self._step, self._epoch)
-            beat()
+            self._beat()
         for chosen_batch in self._numbered:
             rows = self._batches[chosen_batch.batch_idx] if chosen_batch.batch_idx < len(self._batches) else []
-            shown = self._shown(chosen_batch, rows[: chosen_batch.max_images], beat)
+            shown = self._shown(chosen_batch, rows[: chosen_batch.max_images])
             _publish_numbered(self._log, chosen_batch, names, shown, self._step, self._epoch)
         seconds = self._seconds + time.monotonic() - began
         self._log.metrics(step=self._step, epoch=self._epoch, **{"perf/val_pictures_s": seconds})
 
-    def _measured(self, evaluation: CocoEvaluation, beat: Callable[[], Any]) -> dict[str, tuple[Array, Array]]:
+    def _measured(self, evaluation: CocoEvaluation) -> dict[str, tuple[Array, Array]]:
         """Return each measure that is asked for, of this rank's batches and of their images."""
         names = self._job.config.class_names
         whole = measures.Measured(evaluation.truth, evaluation.found, names, evaluation.max_dets)
@@ -235,7 +233,7 @@ class ValPictures:
             of_batches = whole.measure(name, of_row)
             of_row[rows] = np.arange(len(rows))
             found[name] = of_batches, whole.measure(name, of_row)
-            beat()
+            self._beat()
         for name in {entry.measure: None for entry in self._extreme if entry.metric is None}:
             component = self._components.index(name)
             of_batches = np.array([components[component] for components, _ in self._losses])
@@ -253,9 +251,7 @@ class ValPictures:
         images.sort(key=lambda image: -len(self._job.val_index.annotations(image[1]).labels))  # first among equals
         return _most_extreme(entry, batches, 1), _most_extreme(entry, images)
 
-    def _chosen(
-        self, entry: Extreme, ranks: list[Any], beat: Callable[[], Any]
-    ) -> tuple[float, list[Shown], list[tuple[float, Shown]]]:
+    def _chosen(self, entry: Extreme, ranks: list[Any]) -> tuple[float, list[Shown], list[tuple[float, Shown]]]:
         """Return the value of the most extreme batch of all ranks, and of that and of the images what this rank has."""
         batches = [(value, rank, number) for rank, (batch, _) in enumerate(ranks) for value, number in batch]
         images = [(value, rank, row) for rank, (_, part) in enumerate(ranks) for value, row in part]
@@ -263,16 +259,14 @@ class ValPictures:
         for value, rank, number in _most_extreme(entry, batches, 1):  # noqa: B007 - there is one at most
             rows = self._batches[number] if rank == self._rank else []
         mine = [(value, row) for value, rank, row in _most_extreme(entry, images) if rank == self._rank]
-        pictures = [(each, shown) for each, row in mine for shown in self._shown(entry, [row], beat, each)]
-        return value, self._shown(entry, rows[: entry.max_images], beat), pictures
+        pictures = [(each, shown) for each, row in mine for shown in self._shown(entry, [row], each)]
+        return value, self._shown(entry, rows[: entry.max_images]), pictures
 
-    def _shown(
-        self, entry: Pictures, rows: Iterable[int], beat: Callable[[], Any], value: float | None = None
-    ) -> list[Shown]:
+    def _shown(self, entry: Pictures, rows: Iterable[int], value: float | None = None) -> list[Shown]:
         """Return pictures of original images; those that cannot be read are left out, as the log says."""
         index, pictures = self._job.val_index, []
         for row in rows:
-            beat()
+            self._beat()
             try:
                 image = decode(index.read(row), index.path(row), index.size(row))
             except RaydetError:

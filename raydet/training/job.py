@@ -1,4 +1,4 @@
-"""A training: what its workers are given, and what they need of their surroundings."""
+"""A job, which is a training or an evaluation; the world that it runs in; and both together on one rank: a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.data.problems import Problems
-from raydet.recipe import Recipe
+from raydet.recipe import Data, Recipe
 from raydet.runs.checkpoint import Config
-from raydet.runs.log import Recorder
+from raydet.runs.log import Call, RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ _SIZES = 3
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training or an evaluation is, but for the streams.
+    """All that a training or an evaluation is, except for the streams of samples.
 
     Attributes:
         recipe: the settings.
-        folder: of the run, absolute: workers have another working directory.
-        config: what every checkpoint says of the model.
-        model: as it begins, on the CPU.
+        folder: absolute path of the folder of the run: workers have another working directory.
+        config: what every checkpoint says about the model.
+        model: the model before the first step, on the CPU.
         criterion: the loss; None in an evaluation.
         train_images: number of training images.
         val_index: the images to validate on.
@@ -103,16 +103,16 @@ class Validated:
 
     Attributes:
         metrics: by name, as a line of metrics.jsonl has them.
-        logged: what is to be logged besides, such as the pictures.
+        logged: what else is to be logged, such as pictures; see `raydet.runs.log.Recorder`.
         seconds: duration of the validation.
     """
 
     metrics: dict[str, float]
-    logged: Recorder
+    logged: list[Call]
     seconds: float
 
 
-class Validation(Protocol):
+class ValidationBeside(Protocol):
     """A validation that runs beside the training."""
 
     def poll(self) -> Sequence[str | Validated]:
@@ -129,7 +129,7 @@ class Validation(Protocol):
 
 
 class World(Protocol):
-    """What surrounds the worker loop: a Ray Train worker group, or a single process."""
+    """Where a job runs: a worker of Ray Train, or a single process."""
 
     rank: int
     size: int
@@ -140,17 +140,19 @@ class World(Protocol):
         ...
 
     def val_batches(self) -> Callable[[], Iterator[Batch]]:
-        """Return what yields this rank's share of the validation images, each time it is called."""
+        """Return a function that yields this rank's share of the validation images each time it is called."""
         ...
 
     @property
-    def validate(self) -> Callable[[bytes, int, int], Validation] | None:
-        """What starts a validation beside the training, called with the content of model.safetensors and the numbers
-        of epochs and steps that are done; None: validations cannot run beside the training."""
+    def validate(self) -> Callable[[bytes, int, int], ValidationBeside] | None:
+        """A function that starts a validation beside the training; None: validations cannot run beside the training.
+
+        Its arguments are the content of model.safetensors and the numbers of epochs and steps that are done.
+        """
         ...
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Report metrics to who watches; all ranks call it."""
+        """Report metrics to whoever watches; all ranks call it."""
         ...
 
     def beat(self) -> None:
@@ -162,12 +164,33 @@ class World(Protocol):
         ...
 
 
-def noting_errors(batches: Iterator[Batch], problems: Problems, beat: Callable[[], Any]) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class Run:
+    """A job on one rank.
+
+    Attributes:
+        job: what is done.
+        world: where it runs.
+        log: takes metrics, pictures and lines of progress.
+    """
+
+    job: Job
+    world: World
+    log: RunLog
+
+    @property
+    def leader(self) -> bool:
+        """Is this rank 0, which writes what all ranks have in common?"""
+        return self.world.rank == 0
+
+
+def noting_errors(batches: Iterator[Batch], settings: Data, beat: Callable[[], Any]) -> Iterator[Batch]:
     """Pass batches on with a sign of life for each, and warn once of each image that was left out of them.
 
     Raises:
-        RaydetError: there are too many.
+        RaydetError: there are more such images than the settings of the data allow.
     """
+    problems = Problems(settings.on_error, settings.max_errors)
     for batch in batches:
         for error in batch.errors:
             if error not in problems.messages:

@@ -19,8 +19,8 @@ from raydet.errors import RaydetError, first_line, user_error
 from raydet.runs import checkpoint
 from raydet.runs.checkpoint import Progress
 from raydet.runs.folder import STOP
-from raydet.runs.log import RunLog
-from raydet.training.job import Job, Validated, Validation, World
+from raydet.runs.log import drop_metrics_after, replay
+from raydet.training.job import Run, Validated, ValidationBeside
 from raydet.training.meter import validation_line
 from raydet.training.step import Outcome
 
@@ -32,24 +32,22 @@ class Keeper:
     """Writes a run's checkpoints and knows when one is due, when the training ends early, and why.
 
     Args:
-        job: the training.
-        world: what surrounds it.
-        log: of the run.
-        average: the weights that checkpoints are of.
+        run: the training on this rank.
+        average: the model whose weights are kept.
         trained: what else has a state that the training goes on from, by name.
     """
 
-    def __init__(self, job: Job, world: World, log: RunLog, average: nn.Module, trained: Mapping[str, Any]):
-        self._job, self._world, self._log = job, world, log
+    def __init__(self, run: Run, average: nn.Module, trained: Mapping[str, Any]):
+        self._job, self._world, self._log = run.job, run.world, run.log
         self._average, self._trained = average, trained
-        self._leader = world.rank == 0
-        self._bad_batches = job.folder / "not_finite"
+        self._leader = run.leader
+        self._bad_batches = run.job.folder / "not_finite"
         self._looked = self._saved = time.monotonic()
         self._told = self._over = False
         self._last = ""  # name of the last checkpoint
         # Validations beside the training, one at a time: checkpoints that wait for theirs, and the one that runs.
         self._awaited: list[Path] = []
-        self._validation: Validation | None = None
+        self._validation: ValidationBeside | None = None
         self._heard = 0.0  # when it last gave a sign of life
         self._metrics: dict[str, float] = {}  # what the last of them has found
 
@@ -58,7 +56,7 @@ class Keeper:
         if self._leader:
             for problem in damaged:
                 self._log.say(f"warning: {problem}; going on from the one before it")
-            self._log.resume(state.step)
+            drop_metrics_after(self._job.folder, state.step)
             self._awaited = checkpoint.awaited(self._job.folder)
 
     def asked(self, state: Progress) -> tuple[bool, bool, bool]:
@@ -261,7 +259,7 @@ class Keeper:
         content = checkpoint.read_json(folder / checkpoint.CONFIG)
         epoch, step = content["epoch"], content["step"]
         self._metrics = found.metrics
-        found.logged.replay(self._log)
+        replay(found.logged, self._log)
         self._log.metrics(step=step, epoch=epoch, **found.metrics, **{"perf/val_s": found.seconds})
         self._log.say(validation_line(f"epoch {epoch}", found.metrics, found.seconds))
         self._keep_metrics(folder, found.metrics)

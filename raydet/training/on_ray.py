@@ -1,4 +1,4 @@
-"""Runs a worker function on a worker group of Ray Train."""
+"""Runs a job on a worker group of Ray Train."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from raydet.errors import RaydetError, user_error
 from raydet.reports.terminal import LiveTable, follow
 from raydet.runs.folder import STOP
 from raydet.training.beside import Resources
-from raydet.training.job import Job
-from raydet.training.worlds import train_worker
+from raydet.training.job import Job, Run
+from raydet.training.worlds import Handed, worker
 
 _NOTHING = contextlib.nullcontext()
 # How soon workers are added for nodes that have come; it costs the steps since the last checkpoint.
@@ -27,7 +27,7 @@ _RESIZE_EVERY_S = 30.0
 
 
 def on_ray(
-    worker: Callable[[dict[str, Any]], Any],
+    loop: Callable[[Run], Any],
     job: Job,
     streams: tuple[Samples | None, Samples],
     verbose: bool,
@@ -36,7 +36,25 @@ def on_ray(
     callbacks: Sequence[Any] = (),
     beside: contextlib.AbstractContextManager[None] = _NOTHING,
 ) -> Any:
-    """Run a worker function on a Ray Train worker group, `beside` around it; return what rank 0 returns."""
+    """Run a job on the workers that its recipe asks for.
+
+    Args:
+        loop: what each worker does with its run.
+        job: the training or the evaluation.
+        streams: the samples to train on, None in an evaluation, and those to validate on.
+        verbose: let Ray print what its workers print.
+        say: takes each line of progress.
+        table: shows the progress in the terminal.
+        callbacks: callbacks of Ray Train.
+        beside: entered while the workers run.
+
+    Returns:
+        What the loop returns on rank 0.
+
+    Raises:
+        RaydetError: the cluster does not have what the recipe asks for, or the loop has raised it.
+        KeyboardInterrupt: it was interrupted twice.
+    """
     scale = job.recipe.scale
     hang_s = int(60 * scale.hang_minutes)
     # Ray Train looks at its workers this often; a report waits for the next look.
@@ -52,23 +70,24 @@ def on_ray(
         if started:
             stack.callback(ray.shutdown)
         gpu, cpus, coming = workers_on(scale)
-        if job.recipe.train.sync_bn and not gpu and most > 1 and worker is train_worker:
+        if job.recipe.train.sync_bn and not gpu and most > 1 and job.criterion is not None:
             raise RaydetError("train.sync_bn: torch has norms over several workers on GPUs only; set it to false")
         count = f"{most}" if fewest == most else f"{fewest} to {most}"
         say(f"starting {count} worker(s) on Ray, each with {'a GPU' if gpu else f'{cpus} CPU(s)'}")
         if coming:
             say("waiting for nodes that the cluster's autoscaler starts, up to half an hour")
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-        given = {
-            "job": ray.put(job),
-            "sources": {
+        handed = Handed(
+            loop=loop,
+            job=ray.put(job),
+            samples={
                 split: ray.put(samples)
                 for split, samples in zip(("train", "val"), streams, strict=True)
                 if samples is not None
             },
-            "data": DataTasks(scale.data_tasks, label_selector(scale.data_label)),
-            "validation": Resources(cpus, int(gpu), scale.worker_resources),
-        }
+            data=DataTasks(scale.data_tasks, label_selector(scale.data_label)),
+            resources=Resources(cpus, int(gpu), scale.worker_resources),
+        )
         # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.
         notes = job.folder / "ray"
         shutil.rmtree(notes, ignore_errors=True)
@@ -79,7 +98,7 @@ def on_ray(
         stack.enter_context(beside)
         trainer = TorchTrainer(
             worker,
-            train_loop_config=given,
+            train_loop_config={"handed": handed},
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=hang_s + 60),
             scaling_config=ScalingConfig(

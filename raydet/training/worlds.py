@@ -1,15 +1,14 @@
-"""What surrounds the worker loop, by where it runs: this very process for debugging, or a worker of Ray Train."""
+"""The two worlds that a job runs in: this very process, for debugging, or a worker of Ray Train."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,12 +20,11 @@ from raydet.data.samples import Samples
 from raydet.data.stream import DataTasks, eval_batches, train_batches
 from raydet.outputs import shapes
 from raydet.runs.folder import run_address
-from raydet.runs.log import RunLog, SayWarnings
+from raydet.runs.log import RunLog, warnings_said
 from raydet.runs.mirror import worker_folder
 from raydet.tracking.trackers import tracked
 from raydet.training.beside import RayValidation, Resources
-from raydet.training.job import Job, Validation
-from raydet.training.loop import Ended, evaluation_loop, train_loop
+from raydet.training.job import Job, Run, ValidationBeside
 
 
 class LocalWorld:
@@ -86,27 +84,41 @@ class LocalWorld:
         say(f"first batch drawn: {path}")
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What the driver hands to each worker; the references are to values in Ray's object store.
+
+    Attributes:
+        loop: what a worker does with its run; its value on rank 0 returns to the driver.
+        job: reference to the job.
+        samples: references to the samples of each split.
+        data: the Ray Data tasks that make samples.
+        resources: what a validation beside the training takes of the cluster.
+    """
+
+    loop: Callable[[Run], Any]
+    job: Any
+    samples: Mapping[str, Any]
+    data: DataTasks
+    resources: Resources
+
+
 class RayWorld:
     """A worker of a Ray Train run."""
 
-    def __init__(self, given: dict[str, Any], job: Job, beat: Callable[[], None]):
+    def __init__(self, handed: Handed, job: Job, beat: Callable[[], None]):
         import ray
         import ray.train
         import ray.train.torch
-
-        sources: dict[str, Any] = given["sources"]
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self._job = job
         self.beat = beat
-        self._sources = sources
-        self._samples: dict[str, Samples] = {split: ray.get(source) for split, source in sources.items()}
-        self._job_reference = given["job"]
-        self._data_tasks: DataTasks = given["data"]
-        self._resources: Resources = given["validation"]
+        self.handed = handed
+        self._job = job
+        self._samples: dict[str, Samples] = {split: ray.get(samples) for split, samples in handed.samples.items()}
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
@@ -117,24 +129,24 @@ class RayWorld:
     def train_batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """See World."""
         return train_batches(
-            self._sources["train"],
+            self.handed.samples["train"],
             self._samples["train"],
             start,
             stop,
             self._job.batch_size(self.size) // self.size,
             self,
-            tasks=self._data_tasks,
+            tasks=self.handed.data,
             pin_memory=self.device.type == "cuda",
         )
 
     def val_batches(self) -> Callable[[], Iterator[Batch]]:
         """See World."""
         return eval_batches(
-            self._sources["val"],
+            self.handed.samples["val"],
             self._samples["val"],
             self._job.recipe.eval.batch_size,
             self,
-            tasks=self._data_tasks,
+            tasks=self.handed.data,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -144,55 +156,41 @@ class RayWorld:
 
         ray.train.report(metrics)
 
-    def validate(self, weights: bytes, epoch: int, step: int) -> Validation:
+    def validate(self, weights: bytes, epoch: int, step: int) -> ValidationBeside:
         """See World."""
-        given = self._job_reference, self._sources["val"], self._data_tasks, self._resources
-        return RayValidation(*given, weights, epoch, step)
+        handed = self.handed
+        return RayValidation(handed.job, handed.samples["val"], handed.data, handed.resources, weights, epoch, step)
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """See World."""
         return [self._samples["train"].index.path(row) for row in rows]
 
 
-def train_worker(given: dict[str, Any]) -> Ended:
-    """Run the worker loop in a worker of Ray Train; `given` holds references to the job and the samples."""
+def worker(config: Mapping[str, Handed]) -> Any:
+    """Run a job in a worker of Ray Train; `config` has what the driver hands to it under "handed"."""
     import ray
     import ray.train
 
-    job: Job = ray.get(given["job"])
-    rank = ray.train.get_context().get_world_rank()
+    handed = config["handed"]
+    job: Job = ray.get(handed.job)
     with contextlib.ExitStack() as stack:
+        if job.criterion is None:  # an evaluation, which writes nothing that lasts
+            log = RunLog(job.folder)
+            stack.enter_context(warnings_said(log.say))
+            return handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))
+        rank = ray.train.get_context().get_world_rank()
         if (address := run_address(job.recipe)) is not None:
             job = replace(job, folder=stack.enter_context(worker_folder(address, rank)))
-        log = _worker_log(job)
+        log = RunLog(job.folder)
+        stack.enter_context(warnings_said(log.say))
         stacks = job.folder / f"hang_rank_{rank}.txt"
         watchdog = stack.enter_context(Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say))
-        world = RayWorld(given, job, watchdog.beat)
-        stack.enter_context(tracked(job.recipe, job.folder, log, world.rank))
-        return train_loop(job, world, log)
+        world = RayWorld(handed, job, watchdog.beat)
+        stack.enter_context(tracked(job.recipe, job.folder, log, rank))
+        return handed.loop(Run(job, world, log))
 
 
-def evaluation_worker(given: dict[str, Any]) -> bytes | None:
-    """Run an evaluation in a worker of Ray Train; arguments as in `train_worker`."""
-    return evaluation_loop(*surroundings(given))
-
-
-def surroundings(given: dict[str, Any]) -> tuple[Job, RayWorld, RunLog]:
-    """Return what an evaluation needs in a worker of Ray Train; the argument is as in `train_worker`."""
-    import ray
-
-    job: Job = ray.get(given["job"])
-    world = RayWorld(given, job, beat=lambda: None)
-    return job, world, _worker_log(job)
-
-
-def _worker_log(job: Job) -> RunLog:
-    log = RunLog(job.folder)
-    logging.getLogger("raydet").addHandler(SayWarnings(log.say))
-    return log
-
-
-EXIT_CODE = 70
+EXIT_CODE = 70  # of a process that the watchdog has ended
 
 
 class Watchdog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from raydet.boxes import place, xyxy_to_xywh
-from raydet.data.batch import Batch
 from raydet.data.index import Index
 from raydet.errors import RaydetError
 from raydet.evaluation.matching import BoxTable, Ints
 from raydet.postprocess import Candidates, PostPrediction
 from raydet.predict.predictor import post_prediction
-from raydet.runs.log import RunLog
 from raydet.store import read_parquet
-from raydet.training.job import Job, World
-from raydet.training.loop import nothing, noting, on_device
-from raydet.training.validation import run
-from raydet.training.worlds import surroundings
+from raydet.training.job import Run
+from raydet.training.loop import on_device
+from raydet.training.validation import Validation
 
 FLOOR = 0.001  # candidates have a higher score
 TOP_K = 2000  # the best so many of an image
@@ -42,19 +38,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def collect(
-    model: nn.Module, batches: Iterable[Batch], job: Job, rank: int, device: torch.device, say: Callable[[str], Any]
-) -> None:
-    """Keep the candidates of this rank's images as part-{rank}.parquet in the job's folder.
-
-    Args:
-        model: the detector, in evaluation mode, on `device`.
-        batches: this rank's images.
-        job: what is evaluated.
-        rank: rank of this worker.
-        device: device of the model.
-        say: takes a line of progress now and then.
-    """
+def candidates_loop(run: Run) -> None:
+    """Keep the candidates of this rank's validation images as part-{rank}.parquet in the folder of the job."""
+    model, job = on_device(run), run.job
     every = job.recipe.eval.model_copy(update={"score": FLOOR, "multi_label": True, "nms_top_k": None})
     callback = post_prediction(model, every)
 
@@ -64,9 +50,8 @@ def collect(
             Candidates(*(part[one.scores.topk(min(TOP_K, len(one.scores))).indices] for part in one)) for one in found
         ]
 
-    with pq.ParquetWriter(job.folder / f"part-{rank}.parquet", _SCHEMA) as writer:
-        preprocessing = job.config.preprocessing
-        for row, _, one in run(model, batches, job.val_index, preprocessing, best, device, say):
+    with pq.ParquetWriter(job.folder / f"part-{run.world.rank}.parquet", _SCHEMA) as writer:
+        for row, _, one in Validation.of(run).outputs(model, best):
             boxes, scores, labels, points = (part.cpu().numpy() for part in one)
             values = [[row], [boxes.ravel()], [scores], [labels], [points]]
             arrays = [pa.array(value, field.type) for value, field in zip(values, _SCHEMA, strict=True)]
@@ -149,14 +134,3 @@ def _best_of_each_point(points: Ints) -> Ints:
     """Return which candidates are their points' best: the first, as they are the best first."""
     first: Ints = np.unique(points, return_index=True)[1]
     return np.sort(first)
-
-
-def candidates_loop(job: Job, world: World, log: RunLog) -> None:
-    """Keep the candidates of the job's model in its validation images; see `raydet.tuning.candidates.collect`."""
-    say = log.say if world.rank == 0 else nothing
-    collect(on_device(job, world), noting(world.val_batches()(), job, world), job, world.rank, world.device, say)
-
-
-def candidates_worker(given: dict[str, Any]) -> None:
-    """Collect candidates in a worker of Ray Train; arguments as in `train_worker`."""
-    candidates_loop(*surroundings(given))

@@ -29,7 +29,7 @@ from raydet.runs.mirror import opened
 from raydet.store import Store
 from raydet.training.job import Job
 from raydet.training.validation import PROGRESS_EVERY_S
-from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop, candidates_worker, keep
+from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop, keep
 from raydet.tuning.thresholds import SPACE, Comparison, Search, Setting, groups
 
 PICTURE, TABLE = "tune_nms.png", "tune_nms.json"
@@ -179,7 +179,7 @@ def _candidates(
         return file
     began = time.monotonic()
     then = partial(keep, file=file)
-    run_evaluation(candidates_loop, candidates_worker, job, debug, device, verbose, say, then)
+    run_evaluation(candidates_loop, job, debug, device, verbose, say, then)
     say(f"candidates of {len(index)} images in {time.monotonic() - began:.1f} s: {file}")
     return file
 

@@ -78,8 +78,7 @@ def streams(settings, indices):
     """What the workers of each group got: case → rank → step → samples; and the rows of two validations."""
     found = {}
 
-    def record(given):
-        import ray
+    def record(run):
         import torch.distributed as dist
 
         from raydet.data import stream
@@ -88,17 +87,17 @@ def streams(settings, indices):
         def beat():
             """Nothing watches this test's workers."""
 
-        job = ray.get(given["job"])
+        job, handed = run.job, run.world.handed
         mine = [CASES[case] for workers, case in RUNS if workers == dist.get_world_size()]
         seen = []
         for case in mine:
             stream.SEGMENT_CHUNKS = case.get("segment_chunks", 2000)
             train = job.recipe.train.model_copy(update={"batch_size": case.get("batch", GLOBAL_BATCH)})
             recipe = job.recipe.model_copy(update={"train": train})
-            world = RayWorld({**given, "data": DataTasks(case["tasks"])}, replace(job, recipe=recipe), beat)
+            world = RayWorld(replace(handed, data=DataTasks(case["tasks"])), replace(job, recipe=recipe), beat)
             batches = world.train_batches(case["start"], case.get("stop", STOP))
             seen.append([digests(batch) for batch in batches])
-        world = RayWorld({**given, "data": DataTasks(3)}, job, beat)
+        world = RayWorld(replace(handed, data=DataTasks(3)), job, beat)
         val_batches = world.val_batches()
         rows = [[row for batch in val_batches() for row in batch.rows.tolist()] for _ in range(2)]
         everyone = [None] * world.size

@@ -10,9 +10,9 @@ from raydet.data.pipeline import train_samples, val_samples
 from raydet.recipe import load
 from raydet.runs import checkpoint
 from raydet.runs.folder import STOP
-from raydet.runs.log import Recorder, RunLog
+from raydet.runs.log import RunLog
 from raydet.training import keeper
-from raydet.training.job import Validated
+from raydet.training.job import Run, Validated
 from raydet.training.loop import train_loop
 from raydet.training.prepare import make_job
 from raydet.training.worlds import LocalWorld
@@ -84,14 +84,14 @@ def train(demo, monkeypatch):
         streams = train_samples(recipe, indices[0], resize), val_samples(recipe, indices[1], resize)
         world, log = World(job, streams, **world), RunLog(job.folder)
         (job.folder / STOP).unlink(missing_ok=True)
-        ended = train_loop(job, world, log)
+        ended = train_loop(Run(job, world, log))
         return ended, world, (job.folder / "log.txt").read_text().splitlines(), job.folder
 
     return run
 
 
 def found(value):
-    return [Validated({WATCH: value, "val/mAP@0.50": value}, Recorder(), 1.0)]
+    return [Validated({WATCH: value, "val/mAP@0.50": value}, [], 1.0)]
 
 
 @pytest.mark.parametrize("step", [STEPS_AN_EPOCH - 1, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])

@@ -27,9 +27,10 @@ from raydet.runs import checkpoint
 from raydet.runs.log import RunLog
 from raydet.tracking import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback
 from raydet.training.extremes import ValPictures
+from raydet.training.job import Run
 from raydet.training.loop import train_loop, train_mode
 from raydet.training.prepare import make_job
-from raydet.training.validation import evaluate
+from raydet.training.validation import Validation
 from raydet.training.worlds import LocalWorld
 from tests.unit.test_ranks import share_of
 
@@ -109,7 +110,7 @@ def _rank(rank, port, shapes, folder):
     dist.init_process_group("gloo")
     for family in FAMILIES:
         job, given = surroundings(family, shapes, folder)
-        train_loop(job, SharedWorld(rank, *given), RunLog(job.folder))
+        train_loop(Run(job, SharedWorld(rank, *given), RunLog(job.folder)))
         dist.barrier()
     dist.destroy_process_group()
 
@@ -120,7 +121,7 @@ def runs(shapes, tmp_path_factory):
     alone, shared = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for family in FAMILIES:
         job, given = surroundings(family, shapes, alone)
-        train_loop(job, LocalWorld(*given), RunLog(job.folder))
+        train_loop(Run(job, LocalWorld(*given), RunLog(job.folder)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -231,10 +232,9 @@ def test_a_batch_is_drawn_by_its_number(runs, ranks, phase, shapes):
 def test_each_measure_and_each_picture_is_a_sign_of_life(shapes, tmp_path):
     job, given = surroundings("yolox", shapes, tmp_path)
     beats = []
-    shown = ValPictures(job, 0, RunLog(job.folder), job.criterion, 1, 5)
-    batches = LocalWorld(*given).val_batches()()
-    settings = job.config.preprocessing, job.recipe.eval, CPU, print, shown
-    evaluate(job.model.eval(), batches, job.val_index, *settings, lambda: beats.append(1))
+    batches = LocalWorld(*given).val_batches()
+    validation = Validation(job, 0, CPU, batches, RunLog(job.folder), lambda: beats.append(1))
+    validation.evaluate(job.model.eval(), ValPictures(validation, job.criterion, 1, 5))
     drawn = sum(len(note["captions"]) for note in pictures(job.folder).values())
     assert drawn >= 4 * (4 + 3) + 4
     assert len(beats) > drawn + 1

@@ -26,9 +26,11 @@ from raydet.predict.on_ray import batch_predict
 from raydet.predict.predictor import Detections, DetectionStream, Found, Predictor, pick_device, post_prediction
 from raydet.predict.save import NOTES, open_target, picture_files, save
 from raydet.predict.sources import image_files, open_source
-from raydet.recipe import Eval
+from raydet.recipe import Eval, Recipe
 from raydet.runs.checkpoint import Config
-from raydet.training.validation import run
+from raydet.runs.log import Recorder
+from raydet.training.job import Job
+from raydet.training.validation import Validation
 from raydet.visualization import write_picture, write_video
 
 NAMES = ("person", *(f"class {number}" for number in range(1, 80)))
@@ -88,8 +90,10 @@ def test_what_is_found_is_what_evaluate_finds_image_by_image(predictor, shared):
         index, (Letterbox(CONFIG.image_size, CONFIG.preprocessing.resize),), CONFIG.image_size, 16, shuffle=False
     )
     callback = post_prediction(predictor.model, CONFIG.thresholds)
-    batches = local_eval_batches(samples, 16)
-    measured = run(predictor.model, batches, index, CONFIG.preprocessing, callback, predictor.device, print)
+    job = Job(Recipe(), Path(), CONFIG, predictor.model, None, 0, index)
+    batches = partial(local_eval_batches, samples, 16)
+    validation = Validation(job, 0, predictor.device, batches, Recorder(print), lambda: None)
+    measured = validation.outputs(predictor.model, callback)
     rows = {row: (placement, found) for row, placement, found in measured}
     predicted = predictor.predict([index.path(row) for row in range(len(index))])
     assert len(predicted) == len(rows) == 48

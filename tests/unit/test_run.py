@@ -11,7 +11,8 @@ import torch
 from raydet.data.batch import Batch
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
-from raydet.runs.log import RunLog, SayWarnings
+from raydet.recipe import Data
+from raydet.runs.log import RunLog, drop_metrics_after, warnings_said
 from raydet.training.job import noting_errors
 from raydet.training.on_ray import _fit
 
@@ -33,7 +34,7 @@ def test_resuming_drops_what_will_be_written_again_and_a_line_cut_off(tmp_path):
         log.metrics(step=step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')
-    log.resume(20)
+    drop_metrics_after(tmp_path, 20)
     assert lines(tmp_path) == [{"step": 10}, {"step": 20}]
     log.metrics(step=21)
     assert lines(tmp_path)[-1] == {"step": 21}
@@ -49,13 +50,10 @@ def test_lines_of_text_are_kept_and_echoed(tmp_path):
 
 
 def test_a_worker_s_warnings_are_among_its_lines(tmp_path):
-    logger, handler = logging.getLogger("raydet.data.stream"), SayWarnings(RunLog(tmp_path).say)
-    logging.getLogger("raydet").addHandler(handler)
-    try:
+    logger = logging.getLogger("raydet.data.stream")
+    with warnings_said(RunLog(tmp_path).say):
         logger.info("nothing to see")
         logger.warning("no batch for %d s", 60)
-    finally:
-        logging.getLogger("raydet").removeHandler(handler)
     assert (tmp_path / "log.txt").read_text() == "warning: no batch for 60 s\n"
 
 
@@ -66,11 +64,11 @@ def test_an_image_left_out_is_named_once_and_too_many_stop(caplog):
 
     beats = []
     batches = [batch(), batch("a.jpg: broken"), batch("a.jpg: broken", "b.jpg: broken")]
-    assert list(noting_errors(iter(batches), Problems("skip", 2), lambda: beats.append(1))) == batches
+    assert list(noting_errors(iter(batches), Data(on_error="skip", max_errors=2), lambda: beats.append(1))) == batches
     assert len(beats) == 3
     assert caplog.messages == ["left out: a.jpg: broken", "left out: b.jpg: broken"]
     with pytest.raises(RaydetError, match=r"more than data.max_errors = 1 .* b.jpg: broken"):
-        list(noting_errors(iter(batches), Problems("skip", 1), lambda: None))
+        list(noting_errors(iter(batches), Data(on_error="skip", max_errors=1), lambda: None))
 
 
 def test_records_left_out_are_listed(tmp_path):

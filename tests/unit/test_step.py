@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from raydet.errors import RaydetError
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models import Detector, YoloXHead
 from raydet.models.blocks import Conv
-from raydet.recipe import Train
+from raydet.recipe import Eval, Recipe, Train
+from raydet.runs.checkpoint import Config
+from raydet.runs.log import Recorder
+from raydet.training.job import Job
 from raydet.training.optimization import make_optimizer
 from raydet.training.step import Step, _precision
-from raydet.training.validation import run
+from raydet.training.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -629,6 +633,8 @@ def test_a_validation_that_a_gpu_cannot_hold_is_the_user_s_error(shapes_index):
     class Large(nn.Module):
         forward = raises_out_of_memory
 
-    preprocessing = models.family_of("yolox_n").preprocessing
+    config = Config("yolox_n", (), (), (64, 64), models.family_of("yolox_n").preprocessing, Eval())
+    job = Job(Recipe(), Path(), config, Large(), None, 0, shapes_index)
+    validation = Validation(job, 0, CPU, lambda: iter([some_batch(4)]), Recorder(print), lambda: None)
     with pytest.raises(RaydetError, match=r"does not hold 4 images of a validation at once: lower eval\.batch_size"):
-        list(run(Large(), [some_batch(4)], shapes_index, preprocessing, list, CPU, print))
+        list(validation.outputs(Large(), list))
