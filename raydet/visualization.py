@@ -363,11 +363,9 @@ def write_video(
 
 
 def _fitted(frame: Array, height: int, width: int) -> Array:
-    """Return a frame scaled into another size, in the middle."""
-    canvas, to = (
-        np.zeros((height, width, 3), np.uint8),
-        place(frame.shape[1], frame.shape[0], (height, width), "pad_centre"),
-    )
+    """Return a frame scaled into another size, in the middle of grey, as models get images."""
+    canvas = np.full((height, width, 3), 114, np.uint8)
+    to = place(frame.shape[1], frame.shape[0], (height, width), "pad_centre")
     inside = canvas[to.top : to.top + to.height, to.left : to.left + to.width]
     cv2.resize(frame, (to.width, to.height), dst=inside, interpolation=cv2.INTER_AREA)
     return canvas
