@@ -88,10 +88,10 @@ class TrainPictures:
         """Look at a step.
 
         Args:
-            position: at which it began.
-            number: of the step.
-            batch: this rank's.
-            outcome: of the step.
+            position: position in the stream at which the step began.
+            number: number of the step.
+            batch: batch of this rank.
+            outcome: outcome of the step.
             size: (height, width) of the images that the model got.
         """
         extreme, numbered = self._extreme_at(position), self._numbered_at(position)

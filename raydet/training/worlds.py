@@ -200,7 +200,7 @@ class Watchdog:
     takes both for work.
 
     Args:
-        seconds: without a sign of life.
+        seconds: longest time without a sign of life.
         report: file for the stacks of all threads, which say where it hangs.
         say: takes a line on that.
     """
