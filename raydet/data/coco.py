@@ -31,9 +31,9 @@ _BLOCK = 2**16  # annotations that become arrays at a time
 _OBJECT = np.dtype(
     [("bbox", "f8", 4), ("area", "f8"), ("id", "i8"), ("image", "i4"), ("category", "i4"), ("crowd", "?")]
 )
-_UNUSABLE, _NO_ID = -1, -(2**63)  # of image; of id
+_UNUSABLE, _NO_ID = -1, -(2**63)  # values of image; of id
 
-_UNKNOWN, _LEFT_OUT = -2, -1  # of an image's position, or of a category's label
+_UNKNOWN, _LEFT_OUT = -2, -1  # values of an image's position, or of a category's label
 
 
 def load_coco(
@@ -221,7 +221,7 @@ class _Objects:
     def __init__(self, source: str):
         self.categories: dict[int, int] = {}
         self._source = source
-        self._images: dict[int | str, int] = {}  # likewise
+        self._images: dict[int | str, int] = {}  # id of an image → its number
         self._columns: dict[str, list[Array]] = {name: [] for name in _OBJECT.fields or ()}
         self._count = 0
         self._faults: dict[int, str] = {}  # row → message

@@ -32,7 +32,7 @@ class _Picture(NamedTuple):
     filename: str
     size: tuple[int, int] | None  # width and height in pixels
     objects: list[_Object]
-    errors: list[str]  # of the objects that cannot be used
+    errors: list[str]  # what is wrong with objects that cannot be used
 
 
 def load_voc(

@@ -16,7 +16,7 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 _STRICTEST = 1 - 1e-10  # the COCO API takes no IoU threshold above this
-_PAIRS_AT_ONCE = 2**18  # of a detection and an object: 40 MB while their IoU is computed
+_PAIRS_AT_ONCE = 2**18  # pairs of a detection and an object: 40 MB while their IoU is computed
 
 
 @dataclass(frozen=True)

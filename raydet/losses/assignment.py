@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raydet.boxes import EPS
 
-_ENTRIES_AT_ONCE = 2**22  # of a matrix of objects and anchor points: 16 MB, of which about twenty are needed
+_ENTRIES_AT_ONCE = 2**22  # size of a matrix of objects and anchor points: 16 MB, and about twenty are needed
 
 
 class Assignment(NamedTuple):
@@ -106,7 +106,7 @@ class Best:
         number = torch.arange(len(image), device=image.device)[:, None]
         mine = torch.where(score == highest[image], number, len(image) - 1)
         best = torch.full_like(self.objects, len(image) - 1).scatter_reduce_(0, row, mine, "amin")
-        better = highest > self.score  # of equals the first stays
+        better = highest > self.score  # among equals the first stays
         chosen = best, torch.arange(score.shape[1], device=image.device)
         found = highest, best + part.start, *(value[chosen] for value in values)
         for kept, new in zip((self.score, self.objects, *self.values), found, strict=True):
@@ -153,7 +153,7 @@ def assign_once(points: Tensor, chosen: Tensor, image: Tensor, best: Tensor) -> 
 
 
 def first_of(flat: Tensor, chosen: Tensor, size: int) -> Tensor:
-    """Of the chosen entries [M, K] with the same point, True for the first; points are below `size`."""
+    """Return [M, K], True for the first of the chosen entries with the same point; points are below `size`."""
     number = torch.arange(flat.numel(), device=flat.device)
     first = torch.full((size,), flat.numel(), device=flat.device)
     first.scatter_reduce_(0, flat.reshape(-1), torch.where(chosen.reshape(-1), number, flat.numel()), "amin")

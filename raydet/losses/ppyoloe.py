@@ -21,8 +21,8 @@ from raydet.outputs import PPYOLOE, DFLOutput, decode_dfl, raw_of
 _ATSS_POINTS_A_LEVEL = 9
 _TAL_POINTS, _TAL_BETA = 13, 6
 _INSIDE = 1e-9  # pixels from the edge of an object at which a point is inside
-_EPS = 1e-9  # of alignments: an object whose best is not much larger gets little quality
-# Of varifocal and focal loss.
+_EPS = 1e-9  # added to alignments: an object whose best is not much larger gets little quality
+# Constants of varifocal and focal loss.
 _ALPHA, _FOCAL_ALPHA, _GAMMA = 0.75, 0.25, 2
 
 
@@ -91,7 +91,7 @@ class PPYoloELoss(DetectionLoss):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of loss_cls, loss_iou and loss_dfl."""
+        """Weights of loss_cls, loss_iou and loss_dfl."""
         return self.classification_loss_weight, self.iou_loss_weight, self.dfl_loss_weight
 
     def at_epoch(self, epoch: int, epochs: int) -> None:

@@ -101,7 +101,7 @@ class YoloXDetectionLoss(DetectionLoss):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of iou, obj, cls and l1."""
+        """Weights of iou, obj, cls and l1."""
         return self.iou_weight, self.obj_weight, self.cls_weight, 1.0
 
     def at_epoch(self, epoch: int, epochs: int) -> None:

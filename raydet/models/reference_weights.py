@@ -274,7 +274,7 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
         return tensors
     try:
         # Only tensors are made; a class or function of any other name is never imported, let alone called.
-        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # of older files torch cannot say what else is in them
+        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # for older files torch cannot say what else is in them
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file)) if is_zip else []
         with torch.serialization.safe_globals([(_Foreign, name) for name in names]):
             content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)

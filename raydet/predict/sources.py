@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 Image = npt.NDArray[np.uint8]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-_TIMEOUT_S = 30.0  # of a web server
-_FPS = 25.0  # of what does not say
+_TIMEOUT_S = 30.0  # wait for a web server
+_FPS = 25.0  # frames per second of a video that does not say
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 SERIES = ("first", "second", "third")  # CSS classes, a colour each
-_WIDE, _HIGH = 340, 150  # of a chart, in units of its own
-_MOST_POINTS = 300  # of a curve: more are drawn as means
+_WIDE, _HIGH = 340, 150  # size of a chart, in units of its own
+_MOST_POINTS = 300  # points of a curve: more are drawn as means
 
 
 def page(title: str, content: str) -> str:

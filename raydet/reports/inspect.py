@@ -39,7 +39,7 @@ RELATIVE_SIZES: Array = 10 ** np.linspace(-2, 0, 21)  # square root of a box's s
 ASPECT_RATIOS: Array = 10 ** np.linspace(-1, 1, 21)  # width / height
 COCO_SIZES = ("small", "medium", "large")
 COCO_AREAS = (32**2, 96**2)  # pixels², where the next begins
-CELLS = 24  # of the map of centres, each way
+CELLS = 24  # cells of the map of centres, each way
 
 BEYOND = 1.0  # pixels by which a box may leave its image: rounding does that
 TINY = 4.0  # pixels in the model's input: half of the finest stride
@@ -408,7 +408,7 @@ def _boxes(split: str, index: Index, image_size: tuple[int, int]) -> Iterator[Fi
 
 
 def _same_place(flat: _Flat, chosen: Array) -> tuple[Array, Array]:
-    """Of the chosen boxes, find the pairs in one image whose IoU is at least `SAME_PLACE`, by a sweep from the left."""
+    """Find the pairs of chosen boxes in one image whose IoU is at least `SAME_PLACE`, by a sweep from the left."""
     order = chosen[np.lexsort((flat.boxes[chosen, 0], flat.image[chosen]))]
     boxes, sides, image = flat.boxes[order], flat.sides[order], flat.image[order]
     reach = boxes[:, 0] + sides[:, 0] * (1 / SAME_PLACE - 1)  # further right starts no box with such an IoU

@@ -42,7 +42,7 @@ class Mirror:
         self.folder = folder
         self.store = None if address is None else Store(address)
         self._ignored = ignored
-        self._known: dict[str, tuple[int, int]] = {}  # of files that are the same here and there: size and time here
+        self._known: dict[str, tuple[int, int]] = {}  # files that are equal here and there: size and time here
 
     def pull(self, wanted: Callable[[str], bool]) -> None:
         """Bring files of the store here, but for those that are here already.

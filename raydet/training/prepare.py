@@ -114,7 +114,7 @@ def _check_watch(settings: Eval, val_index: Index) -> None:
         )
     if watch == MAIN_METRIC:
         return
-    # Of some classes, or of small, medium or large objects, the validation data may have none.
+    # The validation data may have no objects of some classes, or no small, medium or large ones.
     nothing = CocoEvaluation(val_index, max_dets=settings.max_dets)
     nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
     if watch not in nothing.compute():

@@ -190,7 +190,7 @@ def worker(config: Mapping[str, Handed]) -> Any:
         return handed.loop(Run(job, world, log))
 
 
-EXIT_CODE = 70  # of a process that the watchdog has ended
+EXIT_CODE = 70  # exit code of a process that the watchdog has ended
 
 
 class Watchdog:

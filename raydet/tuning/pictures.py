@@ -18,8 +18,8 @@ from raydet.store import Store
 from raydet.tuning.trials import Trial, short
 
 COORDINATES, IMPORTANCE = "parallel_coordinates.png", "importance.png"
-_TICKS = 5  # of an axis of numbers
-_MIN_TRIALS = 3  # of which a correlation says something
+_TICKS = 5  # ticks of an axis of numbers
+_MIN_TRIALS = 3  # fewest trials whose correlation says something
 
 _Floats = npt.NDArray[np.float64]
 
