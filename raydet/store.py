@@ -94,7 +94,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """Is it a folder of this machine's file system?"""
+        """Is the store a folder of this machine's file system?"""
         return self._remote is None
 
     def path(self, name: str) -> str:
@@ -123,8 +123,8 @@ class Store:
 
         Args:
             folder: below the root.
-            recursive: list the folders below it too.
-            hidden: list hidden files and folders too, see `is_hidden`.
+            recursive: list the folders below it as well.
+            hidden: list hidden files and folders as well, see `is_hidden`.
 
         Raises:
             RaydetError: there is no such folder.
@@ -160,7 +160,7 @@ class Store:
         """Yield what is in a local folder but is no folder, by its path below the folder."""
         base = self.path(folder) if folder else self._base
         real = os.path.realpath(base)
-        # Of each folder to list: its path below `base`, where it really is, and the folders whose links led there.
+        # For each folder to list: its path below `base`, where it really is, and the folders whose links led there.
         waiting: list[tuple[str, str, tuple[str, ...]]] = [("", real, ())]
         while waiting:
             below, real, holders = waiting.pop()

@@ -27,7 +27,7 @@ _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bit
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them
 _CAPTION = 22  # pixels
-_QUALITY = 85  # of JPEG
+_QUALITY = 85  # JPEG quality
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

@@ -141,9 +141,9 @@ class COCODetectionDataset:
 
     Args:
         data_dir: folder of the data set, a local path or a URI.
-        subdir: folder of the images in it.
-        json_file: file of its folder `annotations`.
-        max_num_samples: the first so many; None: all.
+        subdir: folder of the images in `data_dir`.
+        json_file: JSON file in the folder `annotations` of `data_dir`.
+        max_num_samples: largest number of images to use, from the beginning; None: all.
         class_inclusion_list: classes to keep, numbered in this order; None: all.
         ignore_empty_annotations: leave out images without objects.
     """

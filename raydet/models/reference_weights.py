@@ -59,7 +59,7 @@ class Weights:
 
     Attributes:
         tensors: name → tensor.
-        source: whose names the file had, for messages.
+        source: project whose names the file had, for messages.
         licence: licence of the weights, as far as it is known.
         class_names: name of each class that the weights tell apart; None: unknown, no config.json is beside them.
     """
@@ -115,10 +115,10 @@ def load_weights(
     warning says so. The licence of the weights is kept as the model's.
 
     Args:
-        model: to load into.
-        weights: path or URI.
+        model: model to load the weights into.
+        weights: path or URI of the weights.
         adapters: see `read_weights`.
-        strict: refuse other classes, another order or number of them.
+        strict: refuse weights with other classes, or with another order or number of classes.
         class_names: name of each class of the model; None: unknown.
 
     Raises:
@@ -274,7 +274,7 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
         return tensors
     try:
         # Only tensors are made; a class or function of any other name is never imported, let alone called.
-        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # of older files torch cannot say what else is in them
+        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # for older files torch cannot say what else is in them
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file)) if is_zip else []
         with torch.serialization.safe_globals([(_Foreign, name) for name in names]):
             content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)

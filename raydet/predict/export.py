@@ -32,8 +32,9 @@ Rows = npt.NDArray[np.float32]
 _IMAGES = 8  # that the check detects in
 _COMPARED, _BEST = 10, 300  # detections in an image, and boxes that they are of, where the export's score leaves none
 _SCORE, _PIXELS = 1e-3, 0.5  # largest differences
-_SHARE_OF_SCORE = 0.01  # the same as a share of the highest score, where that is less
-# Of two boxes that overlap just as much as NMS allows, rounding decides which stay: so many detections may differ.
+_SHARE_OF_SCORE = 0.01  # largest difference as a share of the highest score, where that is less
+# Where two boxes overlap just as much as NMS allows, rounding decides which stays. This share of the detections may
+# differ.
 _SHARE = 0.01
 
 

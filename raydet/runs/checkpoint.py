@@ -43,11 +43,11 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        position: samples that it has trained on.
-        step: updates of the weights, skipped ones included.
+        position: number of samples that were trained on.
+        step: number of steps that are done, skipped ones included.
         best: highest value of the metric that is watched; -1: none yet.
-        stale: validations since then.
-        bad: steps in a row that were skipped.
+        stale: number of validations since the best one.
+        bad: number of steps in a row that were skipped.
     """
 
     position: int = 0
@@ -108,8 +108,8 @@ def pack(
     Args:
         config: what is known of the model.
         average: the model with the averaged weights (EMA), which are the weights to use.
-        training: state dicts by name, for going on with the training; None: it cannot be gone on with.
-        progress: where it stands.
+        training: state dicts by name, to resume the training from; None: the training cannot be resumed.
+        progress: where the training stands.
         epoch: number of epochs that are done.
         metrics: metrics of the averaged weights.
         is_awaited: the metrics will come later: the checkpoint is being validated elsewhere.
@@ -234,8 +234,8 @@ def prune(run: Path, keep: int) -> None:
     Only the last two can be gone on from: the last, and the one before should that be damaged.
 
     Args:
-        run: its folder.
-        keep: number of the best.
+        run: folder of the run.
+        keep: number of best checkpoints to keep.
     """
     folders = sorted(run.glob(_NAMES))
     last = folders[-2:]

@@ -71,8 +71,8 @@ def claimed(folder: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     File systems of a network without locks give no such protection: there nothing is held and nothing refused.
 
     Args:
-        folder: to hold; made if need be.
-        what: this command, for the message to others.
+        folder: folder to claim; it is made if need be.
+        what: name of this command, for the message to others.
         wait_s: how long to wait for another process that holds it.
 
     Raises:
@@ -116,8 +116,8 @@ def load_evaluated(
     """Return the recipe to evaluate a checkpoint, a run or a weights file with.
 
     Args:
-        checkpoint_path: what is evaluated.
-        recipe: the user's own; None: that of the run.
+        checkpoint_path: path of what is evaluated.
+        recipe: the user's own recipe; None: the recipe of the run.
         overrides: `section.key=value`.
         trust_code: the recipe of the run may name code that reads the data.
 
@@ -179,7 +179,7 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
     """Make the folder of a run with recipe.yaml, inputs.json and environment.json, or check that it is the same run.
 
     Args:
-        folder: the run's, or this machine's copy of it.
+        folder: folder of the run, or this machine's copy of it.
         recipe: the settings of the run.
         inputs: what the run was given beside its recipe, such as the names of the classes: name → value.
 

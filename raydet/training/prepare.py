@@ -42,7 +42,7 @@ def make_job(
         train_index: images to train on; None for an evaluation.
         val_index: images to validate on.
         model: a model of the user's own in place of the recipe's.
-        loss: likewise.
+        loss: a loss of the user's own in place of the recipe's.
 
     Raises:
         RaydetError: classes, batch and workers, model and loss, or weights do not fit.
@@ -114,7 +114,7 @@ def _check_watch(settings: Eval, val_index: Index) -> None:
         )
     if watch == MAIN_METRIC:
         return
-    # Of some classes, or of small, medium or large objects, the validation data may have none.
+    # The validation data may have no objects of some classes, or no small, medium or large ones.
     nothing = CocoEvaluation(val_index, max_dets=settings.max_dets)
     nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
     if watch not in nothing.compute():
@@ -186,7 +186,7 @@ def check_norms(recipe: Recipe, model: nn.Module) -> None:
 
     Args:
         recipe: says how many images a worker takes at once, and how small they are.
-        model: as it is trained, on the CPU.
+        model: the model as it is trained, on the CPU.
     """
     train = recipe.train
     fewest, most = recipe.scale.workers

@@ -197,7 +197,7 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     with claimed(folder, "raydet tune", _ENDING_S):  # a driver that was killed leaves trials that end soon
         pass
     if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
-        shutil.rmtree(folder)  # of a sweep that was killed before it had noted this trial
+        shutil.rmtree(folder)  # left by a sweep that was killed before it had noted this trial
     folder.mkdir(parents=True, exist_ok=True)
     Store(folder).write(VALUES, (json.dumps(values) + "\n").encode())
     (folder / ERROR).unlink(missing_ok=True)
