@@ -34,7 +34,7 @@ from raydet.runs import checkpoint
 from raydet.runs.folder import LOCK, STOP, claimed, image_size_of, load_evaluated, open_run, run_address, thresholds_of
 from raydet.runs.log import RunLog
 from raydet.runs.mirror import Mirror, opened
-from raydet.store import is_uri
+from raydet.store import is_uri, write_aside
 from raydet.tracking.trackers import tracked
 from raydet.training.job import Job, Run
 from raydet.training.loop import evaluation_loop, train_loop
@@ -177,7 +177,7 @@ def _train(
     mirror.refresh()
     mirror.pull_checkpoint(checkpoint.find(folder).name)
     best = checkpoint.find(folder)
-    (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
+    write_aside(folder / _SUMMARY, json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
     try:
         plot(folder)
         report(folder)

@@ -68,6 +68,20 @@ def inside(name: str) -> str:
     return str(path)
 
 
+def write_aside(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file under another name and rename it, so that it is never there in part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Store:
     """A folder, and reading below it. It can be sent to other processes.
 
@@ -227,14 +241,9 @@ class Store:
             self._retry(put, name)
             return
         path = Path(self.path(name))
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_bytes(content)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_aside(path, content)
         except OSError as error:
             raise RaydetError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -30,6 +30,7 @@ from raydet.errors import RaydetError
 from raydet.models import Detector, Preprocessing
 from raydet.plugins import call, is_own, locate
 from raydet.recipe import Eval
+from raydet.store import write_aside
 
 FORMAT = 3
 WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
@@ -192,9 +193,7 @@ def set_thresholds(folder: Path, thresholds: Eval) -> None:
 
 
 def _update(folder: Path, values: Mapping[str, Any]) -> None:
-    partial = folder / f"{_PARTIAL}{CONFIG}"
-    partial.write_text(json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
-    partial.replace(folder / CONFIG)
+    write_aside(folder / CONFIG, json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
 
 
 def damage(folder: Path) -> str | None:

@@ -23,7 +23,7 @@ from raydet.plugins import is_own
 from raydet.recipe import Eval, Recipe, describe, differences, keys_given
 from raydet.recipe import load as load_recipe
 from raydet.runs.checkpoint import Config, read_json
-from raydet.store import Store, is_uri
+from raydet.store import Store, is_uri, write_aside
 
 STOP = "stop"  # a file of this name in the folder of a run ends it after the step, with a checkpoint
 
@@ -202,9 +202,9 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "recipe.yaml", describe(recipe))
-        _write(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_aside(folder / "recipe.yaml", describe(recipe))
+        write_aside(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        write_aside(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
 
@@ -224,9 +224,3 @@ def environment() -> dict[str, str | int]:
 
 def _short(value: object) -> str:
     return some(value) if isinstance(value, list) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
