@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydet import __version__, cli_data
+from raydet import __version__, cli_data, cli_weights
 from raydet.cli_data import Overrides, Verbose, say
 from raydet.data.header import MAX_PIXELS
 from raydet.errors import RaydetError
@@ -427,6 +427,7 @@ def export(
 
 for command in (cli_data.inspect, cli_data.ingest, cli_data.recipes):
     app.command()(command)
+app.add_typer(cli_weights.app, name="weights")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raydet.errors import RaydetError
+from raydet.models.download import is_published
 from raydet.runs.folder import STOP, local_folder
 from raydet.store import Store, is_uri
 
@@ -191,12 +192,18 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
     What is written into the copy is brought to the store at the end.
 
     Args:
-        path: local, or an address.
+        path: local, or an address; or, where nothing has this path, the name of a model: its published COCO weights.
         weights: bring those of the checkpoint too, of a run those of the best.
 
     Raises:
         RaydetError: there is nothing, or the store cannot be reached.
     """
+    if is_published(path):
+        from raydet.runs.published import published_checkpoint
+
+        with published_checkpoint(str(path)) as folder:
+            yield folder
+        return
     if not is_uri(path):
         yield Path(path).expanduser()
         return
