@@ -26,6 +26,7 @@ LAYERS = """
     training
     api
     tuning
+    supergradients
     cli cli_data cli_weights
     raydet
 """

@@ -307,11 +307,19 @@ def test_evaluation_by_name(nano, shared):
     assert metrics["mAP@0.50:0.95"] == pytest.approx(0.3063, abs=0.0005)
 
 
-def test_prediction_by_name(nano, shared):
-    predictor = raydet.load("yolox_n", "cpu")
-    images = shared / "data/coco_mini/val2017"
-    index = load_coco(shared / "data/coco_mini/annotations/instances_val2017.json", images)
-    assert (predictor.config.class_names, predictor.config.category_ids) == (index.class_names, index.category_ids)
-    assert predictor.config.image_size == (416, 416)
-    found = predictor.predict(index.path(0))
-    assert len(found[0].boxes if isinstance(found, list) else found.boxes)
+def test_prediction_by_name(nano, shared, tmp_path):
+    """The same AP from the detections of `raydet predict` in the 254 images."""
+    data = shared / "data/coco_mini"
+    arguments = ["--out", str(tmp_path / "found"), "--score", "0.001", "--device", "cpu"]
+    assert CliRunner().invoke(app, ["predict", "yolox_n", str(data / "val2017"), *arguments]).exit_code == 0
+    metrics = raydet.evaluate(
+        tmp_path / "found/detections.json", recipe="coco2017_yolox_n", overrides=[f"data.root={data}"]
+    )
+    assert metrics["mAP@0.50:0.95"] == pytest.approx(0.3063, abs=0.0005)
+
+
+def test_a_name_is_a_checkpoint_of_coco_s_classes(nano, shared):
+    config = raydet.load("yolox_n", "cpu").config
+    index = load_coco(shared / "data/coco_mini/annotations/instances_val2017.json", shared / "data/coco_mini/val2017")
+    assert (config.class_names, config.category_ids) == (index.class_names, index.category_ids)
+    assert config.image_size == (416, 416)
