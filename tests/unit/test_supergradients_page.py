@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raydet import models
+from raydet.data import DetectionDataset
 from raydet.errors import RaydetError
 from raydet.losses import YoloXDetectionLoss
 from raydet.models.published import PUBLISHED, published
@@ -85,3 +86,33 @@ def test_targets_that_are_fractions_are_not_drawn_as_pixels():
         DetectionVisualization.visualize_batch(
             torch.zeros(1, 3, 64, 64), None, torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]]), "train", ["cat"]
         )
+
+
+class Boxes(DetectionDataset):
+    def __init__(self, data_dir, transforms):
+        super().__init__(data_dir, "XYXY_LABEL", all_classes_list=["shape"], transforms=transforms)
+
+    def _setup_data_source(self):
+        return 1
+
+    def _load_annotation(self, sample_id):
+        return {"img_path": "one.jpg", "target": [[1, 2, 3, 4, 0]], "initial_img_shape": (10, 10)}
+
+
+def test_a_data_set_with_transforms_that_only_fit_images(tmp_path):
+    (tmp_path / "one.jpg").touch()
+    index = Boxes(tmp_path, [{"DetectionPaddedRescale": {"input_dim": [640, 640]}}, "DetectionStandardize"]).index()
+    assert len(index) == 1
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ([{"DetectionMosaic": {"prob": 1.0}}], "DetectionMosaic belongs into the recipe: augment.mosaic"),
+        (["DetectionMixup"], "DetectionMixup belongs into the recipe: augment.mixup"),
+        ([object()], "object belongs into the recipe: augment.transforms"),
+    ],
+)
+def test_augmentation_of_a_data_set_is_sent_to_the_recipe(tmp_path, transforms, message):
+    with pytest.raises(RaydetError, match=message):
+        Boxes(tmp_path, transforms)
