@@ -23,6 +23,7 @@ from raydet.data.samples import Samples
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import CocoEvaluation, beyond, read_results
+from raydet.models.download import is_published
 from raydet.models.reference_weights import other_classes
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.recipe import load as load_recipe
@@ -223,6 +224,8 @@ def evaluate(
     """
     if out is not None:
         check_kept(out, "out")
+    if recipe is None and is_published(path):
+        recipe = f"coco2017_{path}"
     with opened(path) as local:
         if local.suffix == ".json" and local.is_file():
             settings = load_evaluated(local, recipe, overrides)

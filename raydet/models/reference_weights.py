@@ -25,11 +25,8 @@ from raydet.yaml_text import write as write_yaml
 logger = logging.getLogger(__name__)
 
 _WHERE_TO_GET = (
-    "{weights!r} is neither a weights file nor a checkpoint folder, and raydet downloads none. For YOLOX on COCO, get "
-    "the .pth of your model from the releases of github.com/Megvii-BaseDetection/YOLOX (yolox_nano.pth for yolox_n, "
-    "yolox_tiny.pth for yolox_t, yolox_s.pth …; licence Apache-2.0); checkpoints of super-gradients are read too. Pass "
-    "the path, or a URI such as s3://bucket/yolox_s.pth: model.weights=PATH, or "
-    "raydet.models.get(name, num_classes, weights=PATH)"
+    "{weights!r} is neither a weights file nor a checkpoint folder. model.weights=coco, or the name of a model that "
+    "`raydet weights` lists, is its published COCO weights; else pass a path, or a URI such as s3://bucket/yolox_s.pth"
 )
 
 # Where trainers keep the tensors in their files, the moving average first.

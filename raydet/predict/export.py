@@ -19,6 +19,7 @@ from raydet.data.synthetic import make_picture
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.models import Detector
+from raydet.models.download import is_published
 from raydet.models.export import OUTPUTS, Exported, MissingPackages, to_onnx
 from raydet.predict.predictor import METADATA, OnnxPredictor, Predictor, post_prediction, with_thresholds
 from raydet.recipe import Eval
@@ -107,7 +108,8 @@ def export(
         content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
         about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
         pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
-        target = Path(out) if out is not None else folder / "model.onnx"
+        usual = Path(f"{path}.onnx") if is_published(path) else folder / "model.onnx"
+        target = Path(out) if out is not None else usual
         say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
         fused = model.fuse()
 

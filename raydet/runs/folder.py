@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from raydet.data import cache
 from raydet.errors import RaydetError, some
 from raydet.plugins import is_own
 from raydet.recipe import Eval, Recipe, describe, differences, keys_given
 from raydet.recipe import load as load_recipe
-from raydet.runs.checkpoint import Config, read_json
 from raydet.store import Store, is_uri, write_aside
+
+if TYPE_CHECKING:
+    from raydet.runs.checkpoint import Config
 
 STOP = "stop"  # a file of this name in the folder of a run ends it after the step, with a checkpoint
 
@@ -188,6 +188,8 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
     """
     if any(folder.glob("checkpoint_*/config.json")):
         changed = differences(recipe, load_recipe(folder / "recipe.yaml"))
+        from raydet.runs.checkpoint import read_json  # torch takes seconds, and `raydet plot` does without it
+
         earlier = read_json(folder / "inputs.json")
         changed += [
             f"{key}: {_short(earlier.get(key))} there, {_short(value)} here"
@@ -211,6 +213,8 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
 
 def environment() -> dict[str, str | int]:
     """Return what a run's numbers may depend on beside its recipe."""
+    import torch
+
     packages = ("raydet", "torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "hotcoco")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none on the driver"
     return {

@@ -17,6 +17,7 @@ from raydet.data.index import Index
 from raydet.errors import RaydetError, did_you_mean, some
 from raydet.evaluation.coco import MAIN_METRIC, CocoEvaluation, metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
+from raydet.models.download import local_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Eval, Recipe
@@ -63,7 +64,7 @@ def make_job(
         model = build(name, len(names), recipe.data.image_size)
         if recipe.model.weights is not None:
             # To measure prediction layers that nobody has trained would be a mistake.
-            load_weights(model, _weights(recipe.model.weights), train_index is None, names)
+            load_weights(model, _weights(recipe.model.weights, name), train_index is None, names)
     family = _family(model, recipe)
     config = Config(
         model=name,
@@ -121,8 +122,9 @@ def _check_watch(settings: Eval, val_index: Index) -> None:
         raise RaydetError(f"eval.watch: the validation data has no objects that {watch} is measured on: watch another")
 
 
-def _weights(text: str) -> str | Path:
-    """Return what the recipe's weights mean: a URI, a file, a checkpoint, or the best one of a run."""
+def _weights(text: str, model: str) -> str | Path:
+    """Return what the recipe's weights mean: a URI, a file, published ones, a checkpoint, or the best one of a run."""
+    text = str(local_weights(text, model))
     path = Path(text).expanduser()
     return text if is_uri(text) else find(path) if path.is_dir() else path
 

@@ -26,7 +26,8 @@ LAYERS = """
     training
     api
     tuning
-    cli cli_data
+    supergradients
+    cli cli_data cli_weights
     raydet
 """
 LAYER = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
@@ -38,7 +39,7 @@ RAY_AT_THE_TOP = ("tuning",)
 
 # What can be lifted out of raydet: it computes, and reads and writes nothing.
 LIFTED = ("losses", "models", "boxes", "outputs", "postprocess")
-WITH_FILES = ("models.reference_weights", "models.export")
+WITH_FILES = ("models.reference_weights", "models.download", "models.export")
 FILES = ("io", "os", "pathlib", "shutil", "tempfile", "json", "pickle", "yaml", "raydet.store", "raydet.yaml_text")
 
 ROOT = Path(raydet.__file__).parent
