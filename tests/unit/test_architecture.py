@@ -200,3 +200,19 @@ SETTINGS = [
 def test_descriptions_of_settings_name_their_noun(key, description):
     assert description, f"{key} has no description"
     assert not RIDDLE.match(description), f"{key}: {description}"
+
+
+# How many modules of raydet it takes to read a part of it; these numbers may only fall.
+BUDGETS = {"raydet.training.loop": 63, "raydet.api": 91, "raydet.predict.predictor": 47}
+
+
+@pytest.mark.parametrize("module", BUDGETS)
+def test_what_a_part_imports_stays_within_its_budget(module):
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in TREES and name not in seen:
+            seen.add(name)
+            waiting += [other for other, lazily in IMPORTS[name] if not lazily]
+            waiting += [name.rpartition(".")[0]]
+    assert len(seen) <= BUDGETS[module], sorted(seen)
