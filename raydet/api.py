@@ -23,7 +23,6 @@ from raydet.data.samples import Samples
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import CocoEvaluation, beyond, read_results
-from raydet.models.download import is_published
 from raydet.models.reference_weights import other_classes
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.recipe import load as load_recipe
@@ -35,6 +34,7 @@ from raydet.runs import checkpoint
 from raydet.runs.folder import LOCK, STOP, claimed, image_size_of, load_evaluated, open_run, run_address, thresholds_of
 from raydet.runs.log import RunLog
 from raydet.runs.mirror import Mirror, opened
+from raydet.runs.published import own_recipe
 from raydet.store import is_uri, write_aside
 from raydet.tracking.trackers import tracked
 from raydet.training.job import Job, Run
@@ -224,8 +224,7 @@ def evaluate(
     """
     if out is not None:
         check_kept(out, "out")
-    if recipe is None and is_published(path):
-        recipe = f"coco2017_{path}"
+    recipe = own_recipe(path, recipe)
     with opened(path) as local:
         if local.suffix == ".json" and local.is_file():
             settings = load_evaluated(local, recipe, overrides)

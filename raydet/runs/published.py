@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raydet import models
+from raydet.models.download import is_published
 from raydet.models.published import published
 from raydet.recipe import load
 from raydet.runs import checkpoint
@@ -38,6 +39,11 @@ def published_checkpoint(model: str) -> Iterator[Path]:
         for name, content in checkpoint.pack(config, detector, None, checkpoint.Progress(), 0, {}).items():
             (Path(folder) / name).write_bytes(content)
         yield Path(folder)
+
+
+def own_recipe(path: str | Path, recipe: str | None) -> str | None:
+    """Return the recipe that is given; without one, for the name of a model with published weights, its COCO recipe."""
+    return f"coco2017_{path}" if recipe is None and is_published(path) else recipe
 
 
 def coco_classes() -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -23,9 +23,11 @@ from raydet.data import cache
 from raydet.data.index import Index
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
+from raydet.models.download import is_published
 from raydet.recipe import Eval, Recipe
 from raydet.runs import checkpoint
 from raydet.runs.mirror import opened
+from raydet.runs.published import own_recipe
 from raydet.store import Store
 from raydet.training.job import Job
 from raydet.training.validation import PROGRESS_EVERY_S
@@ -118,10 +120,13 @@ def tune_nms(
     """
     if trials < 1:
         raise RaydetError(f"trials is {trials}: it must be at least 1")
+    recipe = own_recipe(path, recipe)
     with opened(path) as local:
         job, index = open_evaluation(local, recipe, model, overrides, say, trust_code)
-        source = checkpoint.find(local) if local.is_dir() else None
-        file = _candidates(local if source is None else source, job, index, debug, device, verbose, say)
+        # Published weights are a checkpoint for the time of this command: what is found is not stored in them.
+        source = checkpoint.find(local) if local.is_dir() and not is_published(path) else None
+        weights = local / checkpoint.WEIGHTS if local.is_dir() else local
+        file = _candidates(source or weights, job, index, debug, device, verbose, say)
         candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
         search = Search(candidates, objective, precision, seed, job.recipe.eval.max_dets)
         default = Setting.of(job.recipe.eval)

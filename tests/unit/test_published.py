@@ -21,6 +21,7 @@ from raydet.errors import RaydetError
 from raydet.models import download
 from raydet.models.published import PUBLISHED, published
 from raydet.recipe import load as load_recipe
+from raydet.tuning.nms import TABLE, tune_nms
 
 CONTENT = bytes(range(256)) * 2000
 SUM = hashlib.sha256(CONTENT).hexdigest()
@@ -305,6 +306,14 @@ def test_evaluation_by_name(nano, shared):
         say=lambda text: None,
     )
     assert metrics["mAP@0.50:0.95"] == pytest.approx(0.3063, abs=0.0005)
+
+
+def test_thresholds_by_name_are_found_and_not_stored(nano, shared, tmp_path):
+    settings = [f"data.root={shared / 'data/coco_mini'}", "data.max_num_samples=16"]
+    given = {"trials": 2, "out": tmp_path, "debug": True, "device": "cpu", "say": lambda text: None}
+    tuned = tune_nms("yolox_n", overrides=settings, **given)
+    assert (tmp_path / TABLE).is_file()
+    assert not tuned.comparison.is_better or tuned.not_stored == "a weights file keeps no thresholds"
 
 
 def test_prediction_by_name(nano, shared, tmp_path):
