@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from raydet.errors import RaydetError, did_you_mean
-from raydet.models import ppyoloe, reference_weights, ssd, yolo_nas, yolox
+from raydet.models import dfine, ppyoloe, reference_weights, ssd, yolo_nas, yolox
+from raydet.models.dfine import DFine_L, DFine_M, DFine_N, DFine_S, DFine_X
 from raydet.models.family import Detector, Family, Preprocessing
 from raydet.models.ppyoloe import PPYoloE_L, PPYoloE_M, PPYoloE_S, PPYoloE_X
 from raydet.models.reference_weights import Weights
@@ -18,9 +19,15 @@ from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, Yol
 
 if TYPE_CHECKING:
     from pathlib import Path
+from typing import Any
 
 __all__ = [
     "FAMILIES",
+    "DFine_L",
+    "DFine_M",
+    "DFine_N",
+    "DFine_S",
+    "DFine_X",
     "Detector",
     "Family",
     "PPYoloE_L",
@@ -45,7 +52,7 @@ __all__ = [
     "load_weights",
 ]
 
-FAMILIES: tuple[Family, ...] = (ssd.FAMILY, yolox.FAMILY, ppyoloe.FAMILY, yolo_nas.FAMILY)
+FAMILIES: tuple[Family, ...] = (ssd.FAMILY, yolox.FAMILY, ppyoloe.FAMILY, yolo_nas.FAMILY, dfine.FAMILY)
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.models}
 
 
@@ -73,6 +80,7 @@ def get(
     num_classes: int = 80,
     weights: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
+    num_queries: int | None = None,
 ) -> Detector:
     """Build a detector.
 
@@ -83,13 +91,20 @@ def get(
             SuperGradients. Prediction layers for another number of classes start afresh, and a warning says so.
             Nothing is ever downloaded but the URI. None: random weights.
         image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
+        num_queries: most boxes of an image, for D-FINE; None: 300.
 
     Raises:
-        RaydetError: no such model, no such file, or a file of another model.
+        RaydetError: no such model, no such file, a file of another model, or `num_queries` of a model without queries.
     """
     family = family_of(name)
-    fixed = {"image_size": image_size} if family.fixed_size and image_size is not None else {}
-    model = family.models[name](num_classes, **fixed)
+    settings: dict[str, Any] = {}
+    if family.fixed_size and image_size is not None:
+        settings["image_size"] = image_size
+    if num_queries is not None:
+        if not family.has_queries:
+            raise RaydetError(f"num_queries is {num_queries}: {family.name} has no queries")
+        settings["num_queries"] = num_queries
+    model = family.models[name](num_classes, **settings)
     if weights is not None:
         load_weights(model, weights)
     return model
