@@ -253,7 +253,7 @@ def decode_corners(corners: Tensor, base: Tensor, distances: Tensor, reg_scale: 
     """D-FINE's distributions [..., 4 · bins] and base boxes [..., 4] → refined boxes [..., 4], both cx, cy, w, h."""
     bins = len(distances)
     # No matrix product: autocast would make it in half precision.
-    shares = full(corners).unflatten(-1, (4, bins)).softmax(-1)
+    shares = full(corners).view(*corners.shape[:-1], 4, bins).softmax(-1)
     return move_sides(base, (shares * distances).sum(-1), reg_scale)
 
 

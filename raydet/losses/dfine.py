@@ -63,6 +63,7 @@ class DFineLoss(DetectionLoss):
         giou_by_iou: multiply the GIoU term of a box by its IoU.
     """
 
+    has_divisors = True
     component_names = (
         *(f"loss_{kind}" for kind in _KINDS),
         *(f"loss_dn_{kind}" for kind in _KINDS),
@@ -102,10 +103,11 @@ class DFineLoss(DetectionLoss):
         # The two means of DDF are weighted by the roots of how many queries each is over; denoising queries take the
         # roots of the others.
         share = matched.sqrt() + rest.sqrt()
-        ddf = [_no_zero(count * share, root) for count, root in ((matched, matched.sqrt()), (rest, rest.sqrt()))]
-        dn_ddf = [
-            _no_zero(count * share, root) for count, root in ((dn_matched, matched.sqrt()), (dn_rest, rest.sqrt()))
-        ]
+        roots = matched.sqrt(), rest.sqrt()
+
+        def ddf(*counted: Tensor) -> list[Tensor]:
+            return [_no_zero(count * share, root) for count, root in zip(counted, roots, strict=True)]
+
         of_each = (objects, union, union, union, *ddf(matched, rest), *(objects,) * 4, *ddf(dn_matched, dn_rest))
         return torch.stack(of_each)
 
@@ -169,7 +171,7 @@ class DFineLoss(DetectionLoss):
 
     def _bins(self, raw: DFineOutput, base: Tensor, pairs: Pairs, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the bin [P, 4] below the distance of each side of the pairs, its weight and that of the next bin."""
-        centre, size = base[pairs.image, pairs.query].split(2, dim=-1)
+        centre, size = base[pairs.image, pairs.query].chunk(2, dim=-1)
         wanted = cxcywh_to_xyxy(targets[pairs.target, 2:])
         unit = size / raw.reg_scale + _EPS
         away = torch.cat(((centre - wanted[:, :2]) / unit, (wanted[:, 2:] - centre) / unit), dim=1)
@@ -200,7 +202,7 @@ class DFineLoss(DetectionLoss):
         ]
         if output.corners is None:
             return torch.stack((*terms, zeros, zeros, zeros), dim=1)
-        sides = output.corners.unflatten(-1, (4, -1))
+        sides = output.corners.reshape(images, queries, 4, -1)
         shares = sides[union.image, union.query].log_softmax(-1)
         low, lower, upper = bins
         entropy = -(
@@ -211,7 +213,7 @@ class DFineLoss(DetectionLoss):
             return torch.stack((*terms, zeros, zeros), dim=1)
         teacher, logits = (part.detach() for part in output.teacher)
         mine = (sides / _TEMPERATURE).log_softmax(-1)
-        theirs = (teacher.unflatten(-1, (4, -1)) / _TEMPERATURE).log_softmax(-1)
+        theirs = (teacher.reshape(images, queries, 4, -1) / _TEMPERATURE).log_softmax(-1)
         apart = F.kl_div(mine, theirs, reduction="none", log_target=True).sum((2, 3)) * _TEMPERATURE**2
         has_object = torch.zeros(images, queries, dtype=torch.bool, device=apart.device)
         has_object[union.image, union.query] = True

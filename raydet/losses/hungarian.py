@@ -113,5 +113,5 @@ def assign(logits: Tensor, boxes: Tensor, targets: Tensor) -> tuple[list[Pairs],
         target = np.concatenate([target for _, target in of_images])
         rows.append(np.stack((numbers, query, order[start[numbers] + target])))
     there = torch.from_numpy(np.concatenate(rows, axis=1)).to(device)
-    *each, last = (Pairs(*part) for part in there.split([row.shape[1] for row in rows], dim=1))
+    *each, last = (Pairs(*part) for part in torch.split(there, [row.shape[1] for row in rows], dim=1))
     return each, last

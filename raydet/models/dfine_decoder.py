@@ -92,7 +92,7 @@ def sample(maps: list[Tensor], places: Tensor, weights: Tensor, points: tuple[in
     grid = (2 * places - 1).transpose(1, 2).reshape(batch * heads, queries, total, 2)
     read = [
         F.grid_sample(full(level.reshape(batch * heads, -1, *level.shape[2:])), part, align_corners=False)
-        for level, part in zip(maps, grid.split(points, dim=2), strict=True)
+        for level, part in zip(maps, torch.split(grid, points, dim=2), strict=True)
     ]
     return (torch.cat(read, dim=3) * weights[:, None]).sum(-1)
 
@@ -152,7 +152,7 @@ class Quality(nn.Module):
 
     def forward(self, corners: Tensor) -> Tensor:
         """[B, N, 4 · bins] → [B, N, 1]."""
-        best = corners.unflatten(-1, (4, BINS)).softmax(-1).topk(self._BEST, dim=-1).values
+        best = corners.view(*corners.shape[:-1], 4, BINS).softmax(-1).topk(self._BEST, dim=-1).values
         y: Tensor = self.reg_conf(torch.cat((best, best.mean(-1, keepdim=True)), dim=-1).flatten(-2))
         return y
 
@@ -222,7 +222,7 @@ class DFineHead(nn.Module):
         # Those of the layers, then that of the selection.
         self.cls_preds = nn.ModuleList(nn.Linear(channels, num_classes) for _ in range(layers + 1))
         for prediction in self.cls_preds:
-            nn.init.constant_(prediction.bias, PRIOR_LOGIT)
+            nn.init.constant_(prediction.bias, PRIOR_LOGIT)  # type: ignore[arg-type]
         for mlp in (self.enc_bbox_head, self.pre_bbox_head, *self.dec_bbox_head):
             nn.init.zeros_(mlp.layers[-1].weight)
             nn.init.zeros_(mlp.layers[-1].bias)
@@ -230,7 +230,7 @@ class DFineHead(nn.Module):
             nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
         if not same:
             for project in self.input_proj:
-                nn.init.xavier_uniform_(project.conv.weight)
+                nn.init.xavier_uniform_(project.conv.weight)  # type: ignore[union-attr, arg-type]
 
     def forward(self, features: list[Tensor], targets: Tensor | None = None, noise: Noise | None = None) -> Any:
         """Maps from fine to coarse → see the class.
@@ -239,7 +239,7 @@ class DFineHead(nn.Module):
             features: the maps.
             targets: [N, 6] image, class, cx, cy, w, h in pixels, which the denoising queries of a training are made of;
                 None: there are none.
-            noise: of these queries, in place of random numbers.
+            noise: noise of these queries, in place of random numbers.
         """
         height, width = (STRIDE * int(side) for side in features[-1].shape[2:])
         maps = [project(feature) for project, feature in zip(self.input_proj, features, strict=True)]
@@ -296,7 +296,9 @@ class DFineHead(nn.Module):
         blocked = None if denoising is None else denoising.blocked
         distances = distance_bins(self.up, self.reg_scale, BINS)
         boxes = reference.sigmoid()
-        logits, refined, sides = [], [], []
+        logits: list[Tensor] = []
+        refined: list[Tensor] = []
+        sides: list[Tensor] = []
         before: Tensor | float = 0.0
         for number, layer in enumerate(self.layers):
             place = self.query_pos_head(boxes).clamp(-10, 10)
@@ -320,7 +322,7 @@ def anchor_boxes(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
 
     Args:
         sizes: (height, width) of the maps, from fine to coarse.
-        device: of the result.
+        device: device of the result.
     """
     boxes = []
     for level, (height, width) in enumerate(sizes):

@@ -66,7 +66,8 @@ class SelfAttention(nn.Module):
         query = tokens + positions(height, width, x.shape[1], x.device)
         tokens = self.norm1(tokens + self.self_attn(query, query, tokens, need_weights=False)[0])
         tokens = self.norm2(tokens + self.linear2(F.gelu(self.linear1(tokens))))
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        y: Tensor = tokens.transpose(1, 2).reshape(x.shape)
+        return y
 
 
 def positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
