@@ -23,7 +23,10 @@ OVERRIDES = [
     f"data.image_size={SIZE}",
     "data.chunk_size=8",
     *(f"augment.{name}=0" for name in ("mosaic", "mixup", "translate", "degrees", "shear", "rotate90")),
-    *(f"augment.{name}=0" for name in ("horizontal_flip", "hsv", "channel_swap", "zoom_out", "iou_crop", "photometric")),
+    *(
+        f"augment.{name}=0"
+        for name in ("horizontal_flip", "hsv", "channel_swap", "zoom_out", "iou_crop", "photometric")
+    ),
     "augment.scale=[1, 1]",
     "augment.multiscale=null",
     "train.batch_size=8",

@@ -92,7 +92,7 @@ def sample(maps: list[Tensor], places: Tensor, weights: Tensor, points: tuple[in
     grid = (2 * places - 1).transpose(1, 2).reshape(batch * heads, queries, total, 2)
     read = [
         F.grid_sample(full(level.reshape(batch * heads, -1, *level.shape[2:])), part, align_corners=False)
-        for level, part in zip(maps, torch.split(grid, points, dim=2), strict=True)
+        for level, part in zip(maps, torch.split(grid, list(points), dim=2), strict=True)
     ]
     return (torch.cat(read, dim=3) * weights[:, None]).sum(-1)
 

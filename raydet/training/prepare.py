@@ -66,7 +66,7 @@ def make_job(
             load_weights(model, _weights(recipe.model.weights), train_index is None, names)
     family = _family(model, recipe)
     if family is not None and family.has_queries:
-        _check_without_nms(recipe.eval, family)
+        check_recipe_without_nms(recipe.eval, family)
     config = Config(
         model=name,
         class_names=names,
@@ -107,7 +107,12 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         )
 
 
-def _check_without_nms(settings: Eval, family: Family) -> None:
+def check_recipe_without_nms(settings: Eval, family: Family) -> None:
+    """Check that a recipe sets nothing of NMS for a family that has none.
+
+    Raises:
+        RaydetError: it does; the message names the settings.
+    """
     given = [key for key in ("iou", "nms_top_k", "class_agnostic") if getattr(settings, key) != getattr(Eval(), key)]
     if given:
         raise RaydetError(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet import models
-from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.losses import DFineLoss, PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.losses.base import PartialLoss
 from raydet.outputs import ssd_default_boxes
 
@@ -234,6 +234,8 @@ STEPS = [
     ("ppyoloe_s", PPYoloELoss, {"use_static_assigner": False, "use_varifocal_loss": False}),
     ("yolo_nas_s", PPYoloELoss, {"use_static_assigner": False}),
     ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
+    ("dfine_n", DFineLoss, {"classification": "vfl"}),
+    ("dfine_n", DFineLoss, {"classification": "mal"}),
 ]
 SIDE, LR = 64, 1e-5
 
