@@ -71,10 +71,10 @@ class DFineOutput(NamedTuple):
 def kind_of(outputs: Any) -> str:
     """Return whose training or evaluation output this is, such as `YOLOX`; if nobody's, its shapes."""
     raw = outputs[1] if _is_decoded(outputs) else outputs
-    if isinstance(raw, DFineOutput):
-        return DFINE
     if isinstance(raw, list | tuple):
         dimensions = [item.ndim if isinstance(item, Tensor) else None for item in raw]
+        if len(raw) == 11 and dimensions[:7] == [4, 4, 4, 3, 3, 3, 3]:
+            return DFINE
         if len(raw) == 6 and dimensions[:2] == [3, 3]:
             return PPYOLOE
         if raw and all(d == 5 for d in dimensions):

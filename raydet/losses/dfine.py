@@ -16,7 +16,7 @@ from torch import Tensor
 from raydet.boxes import cxcywh_to_xyxy, giou, iou
 from raydet.losses.base import DetectionLoss, Terms
 from raydet.losses.hungarian import Pairs, assign
-from raydet.outputs import DFINE, DFineOutput, raw_of, slots
+from raydet.outputs import DFINE, DFineOutput, full, raw_of, slots
 
 _ALPHA, _GAMMA = 0.75, 2.0  # of varifocal loss
 _TEMPERATURE = 5.0  # of the distillation
@@ -131,7 +131,9 @@ class DFineLoss(DetectionLoss):
 
         Arguments and errors as in `DetectionLoss.forward`.
         """
-        raw: DFineOutput = raw_of(outputs, DFINE, type(self).__name__)
+        given = raw_of(outputs, DFINE, type(self).__name__)
+        parts: list[Any] = [full(part) if isinstance(part, Tensor) else part for part in given]
+        raw = DFineOutput(*parts)
         classes = raw.logits.shape[-1]
         if classes != self.num_classes:
             raise ValueError(f"the model tells {classes} classes apart, and the loss {self.num_classes}")
