@@ -12,9 +12,9 @@ SHAPES := data/shapes/annotations/instances_val.json
 demo: $(INSTALLED) $(SHAPES)
 	$(BIN)/raydet train demo
 
-# Two files at a time; those of Ray have all of the machine.
+# Two files at a time, each with one thread; those of Ray have all of the machine.
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadfile tests/gpu tests/parity tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/gpu tests/parity tests/unit
 	$(BIN)/pytest tests/ray
 
 lint: $(INSTALLED)

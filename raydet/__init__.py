@@ -19,7 +19,18 @@ _HOMES = {
     "tune": "raydet.tuning.sweep",
 }
 
-_MODULES = ("data", "errors", "losses", "metrics", "models", "postprocess", "recipe", "tracking", "visualization")
+_MODULES = (
+    "data",
+    "errors",
+    "losses",
+    "metrics",
+    "models",
+    "postprocess",
+    "recipe",
+    "supergradients",
+    "tracking",
+    "visualization",
+)
 
 
 def __getattr__(name: str) -> Any:

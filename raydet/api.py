@@ -23,6 +23,7 @@ from raydet.data.samples import Samples
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import CocoEvaluation, beyond, read_results
+from raydet.models.download import is_published
 from raydet.models.reference_weights import other_classes
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.recipe import load as load_recipe
@@ -34,7 +35,7 @@ from raydet.runs import checkpoint
 from raydet.runs.folder import LOCK, STOP, claimed, image_size_of, load_evaluated, open_run, run_address, thresholds_of
 from raydet.runs.log import RunLog
 from raydet.runs.mirror import Mirror, opened
-from raydet.store import is_uri
+from raydet.store import is_uri, write_aside
 from raydet.tracking.trackers import tracked
 from raydet.training.job import Job, Run
 from raydet.training.loop import evaluation_loop, train_loop
@@ -52,11 +53,11 @@ class Result:
     """What a training leaves.
 
     Attributes:
-        folder: of the run; of one in an object store this machine's copy.
-        checkpoint: the best one, by `eval.watch`.
-        metrics: of the last validation, by name.
-        address: of the run in an object store; None: it is in a folder.
-        finished_before: the run had been finished already, and nothing was done.
+        folder: folder of the run; for a run in an object store, this machine's copy.
+        checkpoint: folder of the best checkpoint, by `eval.watch`.
+        metrics: metrics of the last validation, by name.
+        address: address of the run in an object store; None: the run is in a folder.
+        finished_before: was the run finished already, so that nothing was done?
     """
 
     folder: Path
@@ -87,14 +88,14 @@ def train(
 
     Args:
         recipe: a recipe, the name of a shipped one, or the path of a YAML file.
-        model: a detector of your own in place of the recipe's; a raydet.models.Detector knows its preprocessing, for
-            any other module it is that of `model.name`'s family.
+        model: a detector of your own in place of the recipe's. A raydet.models.Detector knows its preprocessing; any
+            other module has that of `model.name`'s family.
         loss: a loss of your own, called as `loss, components = criterion(outputs, targets)`, with `component_names`.
         train_data: an index to train on in place of the recipe's.
-        val_data: an index to validate on, likewise.
+        val_data: an index to validate on in place of the recipe's.
         overrides: `section.key=value`.
-        debug: in this process, without Ray, on the first images, for two epochs.
-        device: with `debug`, such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
+        debug: train in this process, without Ray, on the first images, for two epochs.
+        device: device to train on with `debug`, such as "cuda:1" or "cpu"; None: the first GPU, or without one the CPU.
         callbacks: pictures to draw beside the recipe's, such as raydet.tracking's
             ExtremeBatchDetectionVisualizationCallback; and callbacks of Ray Train, which are not called with `debug`.
         verbose: let Ray print what its workers print.
@@ -144,8 +145,8 @@ def _train(
     Args:
         job: the training.
         streams: samples to train and to validate on.
-        problems: what of each split cannot be used.
-        device: to train on in this process; None: on Ray.
+        problems: what cannot be used, for each split.
+        device: device to train on in this process; None: train on Ray.
         callbacks, verbose, live, say: see `train`.
     """
     folder, settings = job.folder, job.recipe
@@ -177,7 +178,7 @@ def _train(
     mirror.refresh()
     mirror.pull_checkpoint(checkpoint.find(folder).name)
     best = checkpoint.find(folder)
-    (folder / _SUMMARY).write_text(json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
+    write_aside(folder / _SUMMARY, json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
     try:
         plot(folder)
         report(folder)
@@ -203,14 +204,14 @@ def evaluate(
     """Measure a checkpoint, the best of a run, a weights file or COCO's results JSON on validation data.
 
     Args:
-        path: of the checkpoint folder, run folder, weights file, or results JSON.
-        recipe: of the data and, for a weights file, the model and the thresholds; None: that of the run.
+        path: path of a checkpoint folder, run folder, weights file, or results JSON.
+        recipe: recipe of the data and, for a weights file, of the model and thresholds; None: the recipe of the run.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
         overrides: `section.key=value`; those of `eval` go before the checkpoint's thresholds, `data.image_size` before
             its image size.
-        debug: in this process, without Ray.
-        device: with `debug`.
+        debug: run in this process, without Ray.
+        device: device to run on, with `debug`.
         verbose: let Ray print what its workers print.
         out: folder for metrics.json, detections.json and the pictures; None: none are written.
         say: takes each line of progress.
@@ -223,6 +224,8 @@ def evaluate(
     """
     if out is not None:
         check_kept(out, "out")
+    if recipe is None and is_published(path):
+        recipe = f"coco2017_{path}"
     with opened(path) as local:
         if local.suffix == ".json" and local.is_file():
             settings = load_evaluated(local, recipe, overrides)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydet import __version__, cli_data
+from raydet import __version__, cli_data, cli_weights
 from raydet.cli_data import Overrides, Verbose, say
 from raydet.data.header import MAX_PIXELS
 from raydet.errors import RaydetError
@@ -84,9 +84,9 @@ def train(
     from raydet.data.problems import Problems
     from raydet.plugins import is_own
     from raydet.recipe import load
-    from raydet.reports.run import draw_validation
     from raydet.reports.run import report as report_of_run
     from raydet.reports.terminal import summary
+    from raydet.reports.validation import draw_validation
     from raydet.runs.checkpoint import build
     from raydet.runs.mirror import opened
     from raydet.store import is_uri
@@ -427,6 +427,7 @@ def export(
 
 for command in (cli_data.inspect, cli_data.ingest, cli_data.recipes):
     app.command()(command)
+app.add_typer(cli_weights.app, name="weights")
 
 
 def main() -> None:

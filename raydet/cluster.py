@@ -124,8 +124,8 @@ def check_kept(folder: str | Path, what: str) -> None:
     """Raise RaydetError where results would lie in the working directory of a job, which Ray deletes.
 
     Args:
-        folder: for the results, path or URI.
-        what: the setting that names it.
+        folder: path or URI of the folder for the results.
+        what: name of the setting that names the folder.
     """
     if not is_uri(folder) and "working_dir_files" in Path(folder).expanduser().resolve().parts:
         raise RaydetError(
@@ -160,8 +160,8 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
     """Return what the workers get of the cluster; a validation beside them gets as much as one.
 
     Args:
-        scale: the workers of a group.
-        groups: at once.
+        scale: resources of the workers of a group.
+        groups: number of groups at once.
 
     Returns:
         Whether GPUs; how many CPUs each; whether they wait for nodes that the autoscaler has yet to start.
@@ -196,10 +196,10 @@ class _Room:
     """What the nodes have that may run the workers of a recipe.
 
     Attributes:
-        here: resources of those there are.
-        gpus, cpus: of those and of what the autoscaler may start.
-        node_cpus: CPUs of the largest.
-        kept_for_data: CPUs of them that must be left to the data tasks.
+        here: resources of the nodes that are there now.
+        gpus, cpus: number of GPUs and CPUs, those of nodes that the autoscaler may start included.
+        node_cpus: number of CPUs of the largest node.
+        kept_for_data: number of CPUs that must be left to the data tasks.
 
     Raises:
         RaydetError: there is no node for the workers, or for the data tasks, and no autoscaler that might start one.

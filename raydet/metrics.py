@@ -98,8 +98,8 @@ class DetectionMetrics:
             preds: the model's output, or, without a callback, for each image [n, 6]: x1, y1, x2, y2, score, class.
             target: [N, 6] image of the batch, class, cx, cy, w, h.
             device: has no effect; SuperGradients has it.
-            inputs: [B, 3, H, W] the batch, for the sides that normalised targets are shares of.
-            crowd_targets: [N, 6] as target.
+            inputs: [B, 3, H, W] images of the batch, whose sides normalised targets are fractions of.
+            crowd_targets: [N, 6] crowds, given like `target`.
 
         Raises:
             ValueError: a target is of no image or class there is, or `inputs` is missing.

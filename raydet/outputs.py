@@ -20,12 +20,12 @@ class DFLOutput(NamedTuple):
     """What PP-YOLOE and YOLO-NAS return in training: L anchor points on several levels.
 
     Attributes:
-        cls_logits: [B, L, C].
+        cls_logits: [B, L, C] class logits.
         reg_logits: [B, L, 4 · bins], the distances left, top, right, bottom as distributions over whole strides.
         anchors: [L, 4] anchor boxes, xyxy in pixels.
-        anchor_points: [L, 2] in pixels.
-        num_anchors_list: points of each level.
-        stride: [L, 1] in pixels.
+        anchor_points: [L, 2] anchor points in pixels.
+        num_anchors_list: number of anchor points of each level.
+        stride: [L, 1] stride of each anchor point in pixels.
     """
 
     cls_logits: Tensor

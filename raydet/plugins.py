@@ -21,8 +21,8 @@ def locate(name: str, key: str) -> Any:
     """Import `package.module:name`, from the current folder or anything installed.
 
     Args:
-        name: what the recipe says.
-        key: where it says so, for messages.
+        name: what the recipe says, `package.module:name`.
+        key: key of the recipe that says so, for messages.
 
     Raises:
         RaydetError: there is no such module or nothing of that name in it, or importing it fails.

@@ -119,7 +119,7 @@ class _WithMatrix(PostPrediction):
     Args:
         nms_type: "iterative", or "matrix": a box counts as its best class, the best `max_predictions` of an image decay
             each other's scores, those that stay above `conf` are kept, and `iou` and `nms_top_k` have no part in it.
-        **settings: those of PostPrediction.
+        **settings: arguments of PostPrediction.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class _WithMatrix(PostPrediction):
         boxes, scores, labels = found[:3]
         scores, best = scores.topk(min(self.max_predictions, len(scores)))
         boxes, labels = boxes[best], labels[best]
-        # Of boxes that are not finite it is nan, which must not reach other classes.
+        # The overlap of boxes that are not finite is nan, which must not reach other classes.
         overlap = ops.box_iou(boxes, boxes).nan_to_num_(0).triu(1)  # [better, worse]
         if not self.class_agnostic_nms:
             overlap = overlap * (labels[:, None] == labels)

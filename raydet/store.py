@@ -68,6 +68,20 @@ def inside(name: str) -> str:
     return str(path)
 
 
+def write_aside(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file under another name and rename it, so that it is never there in part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Store:
     """A folder, and reading below it. It can be sent to other processes.
 
@@ -94,7 +108,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """Is it a folder of this machine's file system?"""
+        """Is the store a folder of this machine's file system?"""
         return self._remote is None
 
     def path(self, name: str) -> str:
@@ -123,8 +137,8 @@ class Store:
 
         Args:
             folder: below the root.
-            recursive: list the folders below it too.
-            hidden: list hidden files and folders too, see `is_hidden`.
+            recursive: list the folders below it as well.
+            hidden: list hidden files and folders as well, see `is_hidden`.
 
         Raises:
             RaydetError: there is no such folder.
@@ -160,7 +174,7 @@ class Store:
         """Yield what is in a local folder but is no folder, by its path below the folder."""
         base = self.path(folder) if folder else self._base
         real = os.path.realpath(base)
-        # Of each folder to list: its path below `base`, where it really is, and the folders whose links led there.
+        # For each folder to list: its path below `base`, where it really is, and the folders whose links led there.
         waiting: list[tuple[str, str, tuple[str, ...]]] = [("", real, ())]
         while waiting:
             below, real, holders = waiting.pop()
@@ -227,14 +241,9 @@ class Store:
             self._retry(put, name)
             return
         path = Path(self.path(name))
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_bytes(content)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_aside(path, content)
         except OSError as error:
             raise RaydetError(f"{path}: cannot be written ({error.strerror})") from None
 

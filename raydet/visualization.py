@@ -27,7 +27,7 @@ _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bit
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them
 _CAPTION = 22  # pixels
-_QUALITY = 85  # of JPEG
+_QUALITY = 85  # JPEG quality
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -226,7 +226,7 @@ class DetectionVisualization:
         image_scale: float = 1.0,
         gt_alpha: float | None = 0.4,
         *,
-        target_units: Literal["pixels", "normalized"],
+        target_units: Literal["pixels", "normalized"] = "pixels",
     ) -> list[Image]:
         """Draw a batch, and keep the pictures if a folder is given.
 
@@ -248,7 +248,8 @@ class DetectionVisualization:
             The pictures, uint8 [H, W, 3] BGR.
 
         Raises:
-            RaydetError: the images are not uint8 [B, H, W, 3], or a picture cannot be written.
+            RaydetError: the images are not uint8 [B, H, W, 3], no target in pixels has a side above 1, or a picture
+                cannot be written.
         """
         images = undo_preprocessing_func(image_tensor) if undo_preprocessing_func else _as_pixels(image_tensor)
         images = np.ascontiguousarray(_array(images))
@@ -261,6 +262,11 @@ class DetectionVisualization:
         height, width = images.shape[1:3]
         if target_units == "normalized":
             targets = targets * (1, 1, width, height, width, height)
+        elif len(targets) and targets[:, 2:].max() <= 1:
+            raise RaydetError(
+                "target_boxes: no value is above 1, so they look like fractions of the image: pass "
+                'target_units="normalized"'
+            )
         pictures = []
         for number, image in enumerate(images):
             mine = targets[targets[:, 0] == number]

@@ -25,9 +25,9 @@ class Batch:
         images: uint8 [B, 3, H, W], BGR, in channels-last memory, as they were decoded and as convolutions like them;
             not to be written to. These and the targets are in pinned memory where asked for.
         targets: float32 [N, 6]: image in the batch, class, cx, cy, w, h in pixels.
-        positions: int64 [B], the samples' places in the stream.
-        rows: int64 [B], their rows in the index.
-        errors: what could not be read for them, where that is skipped.
+        positions: int64 [B], positions of the samples in the stream.
+        rows: int64 [B], rows of the samples' images in the index.
+        errors: what could not be read for these samples, where that is skipped.
     """
 
     images: Tensor
@@ -65,8 +65,8 @@ def batches_of(parts: Iterable[pa.Table], batch_size: int, make: Callable[[list[
 
     Args:
         parts: tables of samples in order, of any lengths.
-        batch_size: samples of a batch.
-        make: joins tables to a batch.
+        batch_size: number of samples in a batch.
+        make: function that joins tables to a batch.
 
     Raises:
         RuntimeError: the tables end within a batch.

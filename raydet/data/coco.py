@@ -31,9 +31,9 @@ _BLOCK = 2**16  # annotations that become arrays at a time
 _OBJECT = np.dtype(
     [("bbox", "f8", 4), ("area", "f8"), ("id", "i8"), ("image", "i4"), ("category", "i4"), ("crowd", "?")]
 )
-_UNUSABLE, _NO_ID = -1, -(2**63)  # of image; of id
+_UNUSABLE, _NO_ID = -1, -(2**63)  # values of image; of id
 
-_UNKNOWN, _LEFT_OUT = -2, -1  # of an image's position, or of a category's label
+_UNKNOWN, _LEFT_OUT = -2, -1  # values of an image's position, or of a category's label
 
 
 def load_coco(
@@ -61,7 +61,7 @@ def load_coco(
         images: folder that its `file_name`s start from.
         problems: gets what is wrong with images and annotations; None: the first problem stops.
         store: what the paths start from; None: they are local.
-        images_key: what `images` is called where the user says it, for messages.
+        images_key: name of the setting that `images` is from, for messages.
 
     Raises:
         RaydetError: the file or folder is missing, is not COCO, its categories make no sense, or its boxes are shares
@@ -215,13 +215,13 @@ class _Objects:
     """The annotations of a file, as arrays.
 
     Attributes:
-        categories: ids that occur → their numbers.
+        categories: id of a category → its number.
     """
 
     def __init__(self, source: str):
         self.categories: dict[int, int] = {}
         self._source = source
-        self._images: dict[int | str, int] = {}  # likewise
+        self._images: dict[int | str, int] = {}  # id of an image → its number
         self._columns: dict[str, list[Array]] = {name: [] for name in _OBJECT.fields or ()}
         self._count = 0
         self._faults: dict[int, str] = {}  # row → message

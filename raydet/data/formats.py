@@ -39,7 +39,7 @@ class SplitReader(NamedTuple):
     load: Callable[..., Index]
     settings: dict[str, Any]
     reads: tuple[str, ...]  # see `cached`; without any, it is not
-    code: str = ""  # of the user's own module
+    code: str = ""  # code of the user's own module
 
 
 def load_index(data: Data, split: Split, problems: Problems | None = None) -> Index:

@@ -34,7 +34,7 @@ def check_pixels(size: tuple[int, int], name: str, most: int) -> None:
     """Raise RaydetError where an image has more pixels than are to be decoded.
 
     Args:
-        size: width and height in pixels.
+        size: (width, height) in pixels.
         name: path of the file, for the message.
         most: largest number of pixels.
     """

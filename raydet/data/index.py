@@ -30,7 +30,7 @@ COLUMNS = pa.schema(
         ("labels", pa.list_(pa.int32())),  # 0 … number of classes - 1
         ("crowd", pa.list_(pa.uint8())),  # 1: a crowd, never trained on and never a false negative
         ("area", pa.list_(pa.float64())),  # pixels²; COCO's is the segment's, by which it tells small from large
-        # Of an image in a shard: which, and where its bytes are in that file. -1: it is a file of its own.
+        # Number of the image's shard, and where its bytes are in that file. -1: the image is a file of its own.
         ("shard", pa.int32()),
         ("offset", pa.int64()),
         ("length", pa.int64()),

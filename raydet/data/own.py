@@ -31,6 +31,24 @@ __all__ = [
     "register_dataset",
 ]
 
+# SuperGradients' transforms of detection data sets → where they are in a recipe; "": the model's preprocessing.
+_TRANSFORMS = {
+    "DetectionMosaic": "augment.mosaic",
+    "DetectionRandomAffine": "augment.degrees, translate, scale and shear",
+    "DetectionMixup": "augment.mixup",
+    "DetectionHSV": "augment.hsv",
+    "DetectionHorizontalFlip": "augment.horizontal_flip",
+    "DetectionVerticalFlip": "augment.vertical_flip",
+    "DetectionRandomRotate90": "augment.rotate90",
+    "DetectionRGB2BGR": "augment.channel_swap",
+    "DetectionPaddedRescale": "",
+    "DetectionRescale": "",
+    "DetectionPadIfNeeded": "",
+    "DetectionStandardize": "",
+    "DetectionNormalize": "",
+    "DetectionTargetsFormatTransform": "",
+}
+
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 BUILT_IN = ("auto", "coco", "shards", "voc", "yolo")
@@ -40,8 +58,7 @@ REGISTERED: dict[str, Callable[..., Any]] = {}
 class DetectionDataset(ABC):
     """A data set that a subclass reads, by SuperGradients' two hooks: `_setup_data_source` and `_load_annotation`.
 
-    A subclass sets what the hooks need and calls this constructor last: it calls `_setup_data_source`. Transforms
-    are not the data set's: the recipe has them.
+    A subclass sets what the hooks need and calls this constructor last: it calls `_setup_data_source`.
 
     Args:
         data_dir: folder of the data set, a local path or a URI.
@@ -51,6 +68,11 @@ class DetectionDataset(ABC):
         max_num_samples: largest number of samples to use, from the beginning; None: all.
         class_inclusion_list: classes to keep, numbered in this order; None: all.
         ignore_empty_annotations: leave out images without objects.
+        transforms: SuperGradients' transforms that only fit images to the model, as names, {name: arguments} or
+            objects; the model's preprocessing does this here. Augmentation is the recipe's.
+
+    Raises:
+        RaydetError: a transform augments: it is named, with the key of the recipe that takes its place.
     """
 
     def __init__(
@@ -62,7 +84,9 @@ class DetectionDataset(ABC):
         max_num_samples: int | None = None,
         class_inclusion_list: Sequence[str] | None = None,
         ignore_empty_annotations: bool = False,
+        transforms: Sequence[Any] = (),
     ):
+        _check_transforms(transforms)
         self.data_dir = str(data_dir)
         self.original_target_format = TargetFormat(original_target_format)
         self.all_classes_list = list(all_classes_list or ())
@@ -141,9 +165,9 @@ class COCODetectionDataset:
 
     Args:
         data_dir: folder of the data set, a local path or a URI.
-        subdir: folder of the images in it.
-        json_file: file of its folder `annotations`.
-        max_num_samples: the first so many; None: all.
+        subdir: folder of the images in `data_dir`.
+        json_file: JSON file in the folder `annotations` of `data_dir`.
+        max_num_samples: largest number of images to use, from the beginning; None: all.
         class_inclusion_list: classes to keep, numbered in this order; None: all.
         ignore_empty_annotations: leave out images without objects.
     """
@@ -271,6 +295,15 @@ def load_own(
     if class_names is None:
         raise RaydetError(f"data.format: {name} gives records: decorate it with register_dataset(class_names=…)")
     return index_of_records(made, class_names, store.root, problems)
+
+
+def _check_transforms(transforms: Sequence[Any]) -> None:
+    """Raise RaydetError for a transform that the recipe has, and not the data set."""
+    for entry in transforms:
+        known = next(iter(entry), "") if isinstance(entry, Mapping) else entry
+        name = known if isinstance(known, str) else type(known).__name__
+        if place := _TRANSFORMS.get(name, "augment.transforms"):
+            raise RaydetError(f"transforms: {name} belongs into the recipe: {place}")
 
 
 def _select(index: Index, class_inclusion_list: Sequence[str] | None, ignore_empty_annotations: bool) -> Index:

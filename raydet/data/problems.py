@@ -19,8 +19,8 @@ def refuse_shares(boxes: npt.NDArray[Any], source: str) -> None:
     """Refuse boxes [n, 4], which should be in pixels, if all look like shares of their images.
 
     Args:
-        boxes: xyxy.
-        source: where they are from.
+        boxes: boxes, xyxy.
+        source: where the boxes are from, for the message.
 
     Raises:
         RaydetError: all corners are between 0 and 1, and not all of these are whole numbers.
@@ -37,10 +37,10 @@ class Notice:
     """Something about a data set that may be a mistake. Nothing stops for it, and it is said each time.
 
     Attributes:
-        what: in words, with the number of records, such as "6 images have no label file".
+        what: what was noticed, with the number of records, such as "6 images have no label file".
         remedy: what follows from it, or what to do.
         count: number of records.
-        records: the first of them.
+        records: names of the first of these records.
     """
 
     what: str
@@ -59,7 +59,7 @@ class Problems:
 
     Args:
         on_error: "raise": the first problem stops; "skip": the record is left out and listed.
-        max_errors: with "skip", the most problems that are borne.
+        max_errors: largest number of problems with "skip"; one more stops.
 
     Attributes:
         messages: the records that were left out.

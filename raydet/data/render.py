@@ -29,8 +29,8 @@ if "OPENCV_LOG_LEVEL" not in os.environ:  # what OpenCV says of a broken file do
 
 # A JPEG can be decoded at these shares of its size for less.
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
-# Of a JPEG: its first and last marker, that before a scan, and any with a length but for the last. Within a scan 0xff00
-# is a byte of it, and 0xffd0 … 0xffd7 restart it.
+# Markers of a JPEG: the first, the last, and the one before a scan; below them the last and all that have a length.
+# Within a scan 0xff00 is a byte of the scan, and 0xffd0 … 0xffd7 restart it.
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 # Reads at once from an object store, which takes tens of milliseconds to begin to answer.
@@ -70,7 +70,7 @@ def decode(
     image: Any = _imdecode(content, flags)
     if image is not None and size is not None and not _has_size(image, size, reduction):
         image = _imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None and reduction > 1:  # of a narrow one not a pixel may be left
+    if image is None and reduction > 1:  # of a narrow image no pixel may be left
         return decode(content, name, size, max_pixels=max_pixels)
     if image is None or _is_cut_off(content):
         raise RaydetError(f"{name} is not an image that can be decoded ({len(content)} bytes)")
@@ -114,9 +114,9 @@ class SourceImages:
     """The source images of some pictures: each is read and decoded when it is first needed, and let go after the last.
 
     Args:
-        index: where they are.
-        pictures: all that show them, which decides how large they are decoded.
-        rendered: those of them that will be rendered, in that order.
+        index: index of the images.
+        pictures: all pictures that show the images, which decides how large the images are decoded.
+        rendered: the pictures that will be rendered, in this order.
     """
 
     def __init__(self, index: Index, pictures: Iterable[SamplePlan], rendered: Iterable[SamplePlan]):
@@ -275,7 +275,10 @@ def _paint(tile: Tile, sources: SourceImages, canvas: Array) -> None:
         return
     image = sources.bordered(tile.source)
     width, height = sources.size(tile.source)
-    ratio_x, ratio_y = (image.shape[1] - 2) / width, (image.shape[0] - 2) / height  # of an image decoded smaller
+    ratio_x, ratio_y = (
+        (image.shape[1] - 2) / width,
+        (image.shape[0] - 2) / height,
+    )  # below 1: the image was decoded smaller
     roi_x, roi_y = max(0, math.floor(left * ratio_x)), max(0, math.floor(top * ratio_y))
     roi = image[roi_y : math.ceil(bottom * ratio_y) + 2, roi_x : math.ceil(right * ratio_x) + 2]
     # From canvas pixels to the window's, both by their centres, the border counted.

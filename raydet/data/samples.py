@@ -41,13 +41,13 @@ class Samples:
         image_size: (height, width) of every sample in pixels, multiples of 32.
         chunk_size: number of positions that a task makes at a time.
         seed: seed of the permutations and of the transforms.
-        shuffle: each epoch in an order of its own; without it, position p is row p, as in validation.
-        close_at: from this position on, `closed` are applied; None: never.
-        closed: what is left of the transforms at the end of a training.
+        shuffle: give each epoch an order of its own; without it, position p is row p, as in validation.
+        close_at: position from which on `closed` is applied in place of `transforms`; None: never.
+        closed: transforms at the end of a training.
         own: transforms of the user's own, applied to the pixels last.
-        window: neighbours among which the images of shards are shuffled.
-        on_error: what an image that cannot be read does: it stops the stream, or "skip" shows another of the chunk in
-            its place, or in validation a grey one.
+        window: number of neighbouring images of shards that are shuffled among themselves.
+        on_error: what happens to an image that cannot be read: "raise" stops the stream, "skip" shows another image of
+            the chunk in its place, or in validation a grey one.
     """
 
     index: Index
@@ -84,7 +84,7 @@ class Samples:
         Args:
             position: position of the sample.
             rows: rows of the images of its chunk, by position.
-            broken: those of them that cannot be read; each gives way to the next.
+            broken: rows whose images cannot be read; each gives way to the next.
         """
 
         def image(slot: int) -> SamplePlan:
@@ -115,8 +115,8 @@ class Samples:
         sample), labels, errors (what could not be read for it).
 
         Args:
-            positions: ascending, all in one chunk.
-            block_size: most rows of a table; None: all positions in one.
+            positions: positions of the samples, ascending, all in one chunk.
+            block_size: largest number of rows in a table; None: all positions are in one.
             failed: rows of the index whose images are not to be decoded, and why.
 
         Raises:

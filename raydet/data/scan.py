@@ -52,8 +52,8 @@ def list_images(store: Store, folder: str, problems: Problems) -> dict[str, int]
     What is hidden is left out, see `raydet.store.is_hidden`.
 
     Args:
-        store: where it is.
-        folder: below the root.
+        store: store that holds the folder.
+        folder: path of the folder below the root.
         problems: gets each image whose name is not UTF-8, which is left out; and notices of the files that are no
             images and of the links that lead nowhere.
 
@@ -73,7 +73,7 @@ def sift(paths: Iterable[str], problems: Problems, full: Callable[[str], str] = 
     Args:
         paths: paths of files.
         problems: gets each image whose name is not UTF-8, and a notice of the files that are no images.
-        full: makes a path the one to show.
+        full: function that makes the path to show of a path.
     """
     images, others = [], []
     for path in paths:

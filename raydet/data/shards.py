@@ -126,7 +126,7 @@ def ingest(
         splits: "train", "val" or both.
         shard_mb: size of a shard in megabytes, about; a task needs three times as much memory.
         seed: seed of the images' places in the shards.
-        verify: read the shards that are done once more, and write those that are damaged again.
+        verify: read finished shards once more, and rewrite those that are damaged.
         verbose: let Ray print what its tasks print.
         say: takes each line of progress.
 

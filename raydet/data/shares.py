@@ -24,11 +24,11 @@ class Share:
     Attributes:
         start: first position of the stretch.
         stop: end of the stretch, whole steps after its start.
-        batch_size: B, positions of a rank in a step.
+        batch_size: number of positions of one rank in a step, B.
         ranks: number of ranks that train together.
         first: the first rank that the stream feeds.
-        fed: number of ranks that it feeds.
-        chunk_size: positions of a chunk.
+        fed: number of ranks that the stream feeds.
+        chunk_size: number of positions in a chunk.
     """
 
     start: int

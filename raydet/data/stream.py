@@ -93,7 +93,7 @@ def train_batches(
         batch_size: number of images in a batch of one rank.
         ranks: the worker group; every rank iterates at the same time.
         tasks: the Ray Data tasks that make the batches.
-        pin_memory: batches in pinned memory, for a GPU.
+        pin_memory: put batches into pinned memory, for a GPU.
     """
     step = batch_size * ranks.size
     span = max(1, SEGMENT_CHUNKS * samples.chunk_size // step) * step  # whole steps, or batches would be torn
@@ -237,7 +237,7 @@ class _EvalDealer(_Dealer):
     Args:
         source: the samples in Ray's object store, in a list.
         images: number of images.
-        chunk_size: images of a chunk.
+        chunk_size: number of images in a chunk.
         tasks: the Ray Data tasks that make them.
     """
 

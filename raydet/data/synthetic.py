@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from raydet.store import write_aside
+
 Array = npt.NDArray[Any]
 
 CLASSES = ("disc", "ring", "square", "triangle", "cross")
@@ -54,9 +56,7 @@ def make_dataset(folder: str | Path, train: int = 480, val: int = 120, seed: int
                     }
                 )
         # Last and renamed, so that a file that is there belongs to a whole data set.
-        partial = folder / "annotations" / f"instances_{split}.json.partial"
-        partial.write_text(json.dumps(content))
-        partial.replace(folder / "annotations" / f"instances_{split}.json")
+        write_aside(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
     return folder
 
 

@@ -59,8 +59,8 @@ class Tile(NamedTuple):
     """A part of a source image in a picture.
 
     Attributes:
-        source: which image: its row in the index.
-        matrix: source pixels → picture pixels.
+        source: row of the image in the index.
+        matrix: transform from source pixels to picture pixels.
         window: the part that shows, xyxy in source pixels.
     """
 
@@ -77,8 +77,8 @@ class SamplePlan:
         size: (height, width) in pixels.
         layers: each a canvas of grey with tiles painted on in turn; the picture is their mean.
         boxes: float64 [n, 4] xyxy in its pixels.
-        labels: int32 [n].
-        colours: changes of the finished pixels, in turn.
+        labels: int32 [n] classes.
+        colours: changes of the finished pixels, applied in turn.
     """
 
     size: tuple[int, int]

@@ -32,7 +32,7 @@ class _Picture(NamedTuple):
     filename: str
     size: tuple[int, int] | None  # width and height in pixels
     objects: list[_Object]
-    errors: list[str]  # of the objects that cannot be used
+    errors: list[str]  # what is wrong with objects that cannot be used
 
 
 def load_voc(
@@ -65,7 +65,7 @@ def load_voc(
         split_file: list of names, one a line, such as ImageSets/Main/train.txt; None: all files of the folder.
         annotations: folder of the XML files.
         images: folder of the images.
-        difficult: objects that are so called: "keep" them, "ignore" them like COCO's crowds, or "drop" them.
+        difficult: what to do with difficult objects: "keep" them, "ignore" them like COCO's crowds, or "drop" them.
         problems: gets what is wrong with files and objects; None: the first problem stops.
         class_names: name of each label; None: all that occur in `folders`, sorted, so that the splits agree.
         folders: the folders of XML files of all splits; none: `annotations`.

@@ -175,7 +175,7 @@ class Beyond(NamedTuple):
     Attributes:
         what: has so many.
         records: each of these, with the number.
-        remedy: what to set.
+        remedy: setting to change.
     """
 
     what: str

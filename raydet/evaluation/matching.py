@@ -16,7 +16,7 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 _STRICTEST = 1 - 1e-10  # the COCO API takes no IoU threshold above this
-_PAIRS_AT_ONCE = 2**18  # of a detection and an object: 40 MB while their IoU is computed
+_PAIRS_AT_ONCE = 2**18  # pairs of a detection and an object: 40 MB while their IoU is computed
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class BoxTable:
         image: [n] any number for each image.
         label: [n] class, from 0.
         xywh: float64 [n, 4] left, top, width, height in pixels.
-        score: [n] of detections.
-        crowd: [n] of objects: a region of many, on which a detection is neither right nor wrong.
-        area: [n] of objects, pixels²: by which they are small, medium or large.
+        score: [n] scores, of detections only.
+        crowd: [n] is the object a region of many, on which a detection is neither right nor wrong? Of objects only.
+        area: [n] areas in pixels², by which objects are small, medium or large. Of objects only.
     """
 
     image: Ints
@@ -52,14 +52,14 @@ class Matches:
     """The detections that count, best first, and whether they are right at each IoU threshold.
 
     Attributes:
-        score: [n].
-        label: [n].
-        image: [n].
-        right: [T, n] it has an object of its own.
-        ignored: [T, n] it has none, but is on a crowd.
-        objects: [C] objects of each class that are to be found.
-        given: [n] which of the detections given each is.
-        rank: [n] how many better detections of its class its image has.
+        score: [n] score of each detection.
+        label: [n] class of each detection.
+        image: [n] image of each detection.
+        right: [T, n] does the detection have an object of its own?
+        ignored: [T, n] does it have none, but lies on a crowd?
+        objects: [C] number of objects of each class that are to be found.
+        given: [n] position of each detection among those that were given.
+        rank: [n] number of better detections of the same class in the same image.
     """
 
     score: Floats
@@ -92,9 +92,9 @@ def match(truth: BoxTable, found: BoxTable, num_classes: int, ious: Floats, top_
     Args:
         truth: the objects.
         found: the detections.
-        num_classes: C.
+        num_classes: number of classes, C.
         ious: [T] lowest IoU of a right detection with its object, ascending.
-        top_k: the best so many detections of each class in an image count.
+        top_k: largest number of detections of each class in an image that count, best scores first.
     """
     crowd = truth.crowd if truth.crowd is not None else np.zeros(len(truth), bool)
     assert found.score is not None

@@ -14,7 +14,7 @@ from raydet.evaluation.coco import IOUS, MAIN_METRIC, MAX_DETS, RECALLS
 from raydet.evaluation.matching import BoxTable, Floats, Ints, Matches, average_precision, match, operating
 
 _AP, _AR = "AP@0.50:0.95_", "AR@0.50:0.95_max="
-_ALL, _LOWEST = slice(None), slice(0, 1)  # of IOUS
+_ALL, _LOWEST = slice(None), slice(0, 1)  # slices of IOUS
 _LEVELS = {MAIN_METRIC: _ALL, "mAP@0.50": _LOWEST, "mAP@0.75": slice(5, 6)}
 _POINT = ("Precision@0.50", "Recall@0.50", "F1@0.50")
 
@@ -39,7 +39,7 @@ class Measured:
         truth: the objects.
         found: the detections, by image.
         class_names: name of each class.
-        max_dets: the best so many detections of each class in an image count.
+        max_dets: largest number of detections of each class in an image that count, best scores first.
     """
 
     truth: BoxTable

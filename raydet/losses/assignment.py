@@ -14,16 +14,16 @@ from torch import Tensor
 
 from raydet.boxes import EPS
 
-_ENTRIES_AT_ONCE = 2**22  # of a matrix of objects and anchor points: 16 MB, of which about twenty are needed
+_ENTRIES_AT_ONCE = 2**22  # size of a matrix of objects and anchor points: 16 MB, and about twenty are needed
 
 
 class Assignment(NamedTuple):
     """E entries, of which those in `keep` count.
 
     Attributes:
-        points: [E] anchor point in the batch, image · A + point.
-        objects: [E] row of the targets.
-        keep: [E] bool; a point is kept at most once.
+        points: [E] number of the anchor point in the batch, image · A + point.
+        objects: [E] row of the object in the targets.
+        keep: [E] bool, does the entry count? A point is kept at most once.
     """
 
     points: Tensor
@@ -77,12 +77,12 @@ class Best:
         shape: (number of images B, number of anchor points A).
         objects: number of objects, M.
         device: device of the scores.
-        values: how many further numbers are kept of each.
+        values: how many further numbers are kept for each anchor point.
 
     Attributes:
-        score: [B, A]; -inf: there is none, or its score is that.
+        score: [B, A] score with that object; -inf: there is no object, or its score is -inf.
         objects: [B, A] row of the targets, the first of equals; M where the score is -inf.
-        values: further numbers [B, A] of the object and the point.
+        values: [B, A] each, further numbers of the object and the point.
     """
 
     def __init__(self, shape: tuple[int, int], objects: int, device: torch.device, values: int = 0):
@@ -106,7 +106,7 @@ class Best:
         number = torch.arange(len(image), device=image.device)[:, None]
         mine = torch.where(score == highest[image], number, len(image) - 1)
         best = torch.full_like(self.objects, len(image) - 1).scatter_reduce_(0, row, mine, "amin")
-        better = highest > self.score  # of equals the first stays
+        better = highest > self.score  # among equals the first stays
         chosen = best, torch.arange(score.shape[1], device=image.device)
         found = highest, best + part.start, *(value[chosen] for value in values)
         for kept, new in zip((self.score, self.objects, *self.values), found, strict=True):
@@ -153,7 +153,7 @@ def assign_once(points: Tensor, chosen: Tensor, image: Tensor, best: Tensor) -> 
 
 
 def first_of(flat: Tensor, chosen: Tensor, size: int) -> Tensor:
-    """Of the chosen entries [M, K] with the same point, True for the first; points are below `size`."""
+    """Return [M, K], True for the first of the chosen entries with the same point; points are below `size`."""
     number = torch.arange(flat.numel(), device=flat.device)
     first = torch.full((size,), flat.numel(), device=flat.device)
     first.scatter_reduce_(0, flat.reshape(-1), torch.where(chosen.reshape(-1), number, flat.numel()), "amin")

@@ -21,8 +21,8 @@ from raydet.outputs import PPYOLOE, DFLOutput, decode_dfl, raw_of
 _ATSS_POINTS_A_LEVEL = 9
 _TAL_POINTS, _TAL_BETA = 13, 6
 _INSIDE = 1e-9  # pixels from the edge of an object at which a point is inside
-_EPS = 1e-9  # of alignments: an object whose best is not much larger gets little quality
-# Of varifocal and focal loss.
+_EPS = 1e-9  # added to alignments: an object whose best is not much larger gets little quality
+# Constants of varifocal and focal loss.
 _ALPHA, _FOCAL_ALPHA, _GAMMA = 0.75, 0.25, 2
 
 
@@ -30,13 +30,13 @@ class Predictions(NamedTuple):
     """A model's output in float32.
 
     Attributes:
-        logits: [B, L, C].
-        distances: [B, L, 4 · (reg_max + 1)] before the softmax.
-        boxes: [B, L, 4] xyxy in pixels, without gradient.
-        anchors: [L, 4] xyxy in pixels.
-        points: [L, 2] in pixels.
-        strides: [L, 1] in pixels.
-        levels: points of each level.
+        logits: [B, L, C] class logits.
+        distances: [B, L, 4 · (reg_max + 1)] logits of the distances, before the softmax.
+        boxes: [B, L, 4] boxes, xyxy in pixels, without gradient.
+        anchors: [L, 4] anchor boxes, xyxy in pixels.
+        points: [L, 2] anchor points in pixels.
+        strides: [L, 1] stride of each anchor point in pixels.
+        levels: number of anchor points of each level.
     """
 
     logits: Tensor
@@ -91,7 +91,7 @@ class PPYoloELoss(DetectionLoss):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of loss_cls, loss_iou and loss_dfl."""
+        """Weights of loss_cls, loss_iou and loss_dfl."""
         return self.classification_loss_weight, self.iou_loss_weight, self.dfl_loss_weight
 
     def at_epoch(self, epoch: int, epochs: int) -> None:

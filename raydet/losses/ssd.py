@@ -52,7 +52,7 @@ class SSDLoss(DetectionLoss):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of smooth_l1 and closs."""
+        """Weights of smooth_l1 and closs."""
         return 2 - self.alpha, self.alpha
 
     def components(self, divided: Tensor, weighted: Tensor, terms: Terms) -> Tensor:

@@ -29,12 +29,12 @@ class Predictions(NamedTuple):
     """The raw maps as one list of anchor points: float32, grid order, levels from fine to coarse.
 
     Attributes:
-        raw_boxes: [B, A, 4] before decoding.
-        boxes: [B, A, 4] xyxy in pixels.
-        objectness: [B, A] logits.
-        classes: [B, A, C] logits.
-        cells: [A, 2] column and row.
-        strides: [A, 1] in pixels.
+        raw_boxes: [B, A, 4] box outputs before decoding.
+        boxes: [B, A, 4] boxes, xyxy in pixels.
+        objectness: [B, A] objectness logits.
+        classes: [B, A, C] class logits.
+        cells: [A, 2] column and row of each anchor point.
+        strides: [A, 1] stride of each anchor point in pixels.
     """
 
     raw_boxes: Tensor
@@ -101,7 +101,7 @@ class YoloXDetectionLoss(DetectionLoss):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of iou, obj, cls and l1."""
+        """Weights of iou, obj, cls and l1."""
         return self.iou_weight, self.obj_weight, self.cls_weight, 1.0
 
     def at_epoch(self, epoch: int, epochs: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -19,7 +19,6 @@ from raydet.models.yolox import YoloX_L, YoloX_M, YoloX_N, YoloX_S, YoloX_T, Yol
 
 if TYPE_CHECKING:
     from pathlib import Path
-from typing import Any
 
 __all__ = [
     "FAMILIES",
@@ -80,6 +79,8 @@ def get(
     num_classes: int = 80,
     weights: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
+    *,
+    pretrained_weights: Literal["coco"] | None = None,
     num_queries: int | None = None,
 ) -> Detector:
     """Build a detector.
@@ -89,13 +90,19 @@ def get(
         num_classes: number of classes that the prediction layers tell apart.
         weights: path or URI of a checkpoint of raydet, or of a file with the names of Megvii's YOLOX or of
             SuperGradients. Prediction layers for another number of classes start afresh, and a warning says so.
-            Nothing is ever downloaded but the URI. None: random weights.
+            "coco", or a model's name: the published COCO weights, downloaded once. None: random weights.
         image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
+        pretrained_weights: SuperGradients' name for `weights="coco"`.
         num_queries: most boxes of an image, for D-FINE; None: 300.
 
     Raises:
-        RaydetError: no such model, no such file, a file of another model, or `num_queries` of a model without queries.
+        RaydetError: no such model, no such file, or a file of another model; `weights` and `pretrained_weights`; or
+            `num_queries` of a model without queries.
     """
+    if pretrained_weights not in (None, "coco"):
+        raise RaydetError(f"pretrained_weights: {pretrained_weights!r} is not 'coco', the only ones that are known")
+    if pretrained_weights is not None and weights is not None:
+        raise RaydetError("weights and pretrained_weights are both given: choose one")
     family = family_of(name)
     settings: dict[str, Any] = {}
     if family.fixed_size and image_size is not None:
@@ -105,8 +112,11 @@ def get(
             raise RaydetError(f"num_queries is {num_queries}: {family.name} has no queries")
         settings["num_queries"] = num_queries
     model = family.models[name](num_classes, **settings)
+    weights = weights or pretrained_weights
     if weights is not None:
-        load_weights(model, weights)
+        from raydet.models.download import local_weights
+
+        load_weights(model, local_weights(weights, name))
     return model
 
 

@@ -181,8 +181,8 @@ class QARepVGG(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, act: type[nn.Module] = nn.ReLU):
         super().__init__()
         self.branch_3x3 = Conv(in_channels, out_channels, 3, stride, act=nn.Identity)
-        # Of every stride-th pixel, taken by slicing: with a stride of its own, oneDNN's kernel for channels-last images
-        # crashes in the backward pass of a model's first layer (seen with torch 2.14.1 on a CPU).
+        # It sees every stride-th pixel, taken by slicing: with a stride of its own, oneDNN's kernel for channels-last
+        # images crashes in the backward pass of a model's first layer (seen with torch 2.14.1 on a CPU).
         self.branch_1x1 = nn.Conv2d(in_channels, out_channels, 1)
         self.stride = stride
         self.identity = stride == 1 and in_channels == out_channels

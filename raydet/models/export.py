@@ -128,9 +128,9 @@ def to_onnx(module: Exported, image_size: tuple[int, int], metadata: Mapping[str
     """Return a detector as an ONNX file, for images of one size and batches of any.
 
     Args:
-        module: on the CPU.
+        module: the module to export, on the CPU.
         image_size: (height, width) in pixels.
-        metadata: kept in the file.
+        metadata: name → text, which is kept in the file.
 
     Raises:
         MissingPackages: a package is not installed.

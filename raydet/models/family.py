@@ -165,15 +165,15 @@ class Family:
     """Detectors that share a head, a loss, a post-prediction callback (the head's) and a preprocessing.
 
     Attributes:
-        name: for messages.
+        name: name of the family, for messages.
         models: name → constructor, called with `num_classes`, and `image_size` where `fixed_size`.
         head: class of the head, by which detectors that users compose are known.
         losses: classes that take this family's training output, the recipes' first.
-        preprocessing: what the weights expect.
+        preprocessing: how an image becomes the input that the weights expect.
         adapters: projects whose checkpoints can be loaded.
-        recipe: the shipped one to begin with on a data set of one's own.
-        fixed_size: a model is built for one image size.
-        has_queries: a model takes `num_queries`, and its detections need no NMS.
+        recipe: shipped recipe to begin with on a data set of one's own.
+        fixed_size: is a model built for one image size?
+        has_queries: does a model take `num_queries`, and need no NMS?
         loss_arguments: what the losses must know of a model.
     """
 

@@ -25,11 +25,8 @@ from raydet.yaml_text import write as write_yaml
 logger = logging.getLogger(__name__)
 
 _WHERE_TO_GET = (
-    "{weights!r} is neither a weights file nor a checkpoint folder, and raydet downloads none. For YOLOX on COCO, get "
-    "the .pth of your model from the releases of github.com/Megvii-BaseDetection/YOLOX (yolox_nano.pth for yolox_n, "
-    "yolox_tiny.pth for yolox_t, yolox_s.pth …; licence Apache-2.0); checkpoints of super-gradients are read too. Pass "
-    "the path, or a URI such as s3://bucket/yolox_s.pth: model.weights=PATH, or "
-    "raydet.models.get(name, num_classes, weights=PATH)"
+    "{weights!r} is neither a weights file nor a checkpoint folder. model.weights=coco, or the name of a model that "
+    "`raydet weights` lists, is its published COCO weights; else pass a path, or a URI such as s3://bucket/yolox_s.pth"
 )
 
 # Where trainers keep the tensors in their files, the moving average first.
@@ -60,7 +57,7 @@ class Weights:
 
     Attributes:
         tensors: name → tensor.
-        source: whose names the file had, for messages.
+        source: project whose names the file had, for messages.
         licence: licence of the weights, as far as it is known.
         class_names: name of each class that the weights tell apart; None: unknown, no config.json is beside them.
         only: see `Adapter`.
@@ -118,10 +115,10 @@ def load_weights(
     warning says so. The licence of the weights is kept as the model's.
 
     Args:
-        model: to load into.
-        weights: path or URI.
+        model: model to load the weights into.
+        weights: path or URI of the weights.
         adapters: see `read_weights`.
-        strict: refuse other classes, another order or number of them.
+        strict: refuse weights with other classes, or with another order or number of classes.
         class_names: name of each class of the model; None: unknown.
 
     Raises:
@@ -286,7 +283,7 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
         return tensors
     try:
         # Only tensors are made; a class or function of any other name is never imported, let alone called.
-        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # of older files torch cannot say what else is in them
+        is_zip = zipfile.is_zipfile(io.BytesIO(file))  # for older files torch cannot say what else is in them
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file)) if is_zip else []
         with torch.serialization.safe_globals([(_Foreign, name) for name in names]):
             content: Any = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)

@@ -24,9 +24,9 @@ class Layer:
     """What the search chose for a CSP layer.
 
     Attributes:
-        depth: bottlenecks.
-        hidden: their channels.
-        concat: give the result of each bottleneck on, not of the last alone.
+        depth: number of bottlenecks.
+        hidden: number of channels of the bottlenecks.
+        concat: pass on the result of each bottleneck, not only of the last.
     """
 
     depth: int

@@ -264,7 +264,7 @@ FAMILY = Family(
             renames=(
                 # The files that it published have a Focus stem, and names that changed later.
                 (r"^(_backbone\._modules_list\.0)\.conv\.(?=conv\.|bn\.)", r"\1."),
-                # Of a depthwise pair, before names like it appear.
+                # Names of a depthwise pair, before other rules make names like these.
                 (r"\.conv\.(?=conv\.|bn\.)", ".pconv."),
                 *(
                     (rf"^_backbone\._modules_list\.{number}\.", f"backbone.{name}.")

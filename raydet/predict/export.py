@@ -19,6 +19,7 @@ from raydet.data.synthetic import make_picture
 from raydet.devices import pick_device
 from raydet.errors import RaydetError
 from raydet.models import Detector
+from raydet.models.download import is_published
 from raydet.models.export import OUTPUTS, Exported, MissingPackages, to_onnx
 from raydet.predict.predictor import METADATA, OnnxPredictor, Predictor, post_prediction, with_thresholds
 from raydet.recipe import Eval
@@ -32,8 +33,9 @@ Rows = npt.NDArray[np.float32]
 _IMAGES = 8  # that the check detects in
 _COMPARED, _BEST = 10, 300  # detections in an image, and boxes that they are of, where the export's score leaves none
 _SCORE, _PIXELS = 1e-3, 0.5  # largest differences
-_SHARE_OF_SCORE = 0.01  # the same as a share of the highest score, where that is less
-# Of two boxes that overlap just as much as NMS allows, rounding decides which stay: so many detections may differ.
+_SHARE_OF_SCORE = 0.01  # largest difference as a share of the highest score, where that is less
+# Where two boxes overlap just as much as NMS allows, rounding decides which stays. This share of the detections may
+# differ.
 _SHARE = 0.01
 
 
@@ -106,7 +108,8 @@ def export(
         content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
         about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
         pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
-        target = Path(out) if out is not None else folder / "model.onnx"
+        usual = Path(f"{path}.onnx") if is_published(path) else folder / "model.onnx"
+        target = Path(out) if out is not None else usual
         say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
         fused = model.fuse()
 

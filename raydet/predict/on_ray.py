@@ -72,11 +72,11 @@ class BatchPredicted:
     """What is in a folder of detections.
 
     Attributes:
-        images: that were given, those that could not be read included.
-        failed: that could not be read.
-        done: images of this start; the others were done before.
-        seconds: that it took.
-        out: the folder.
+        images: number of images that were given, those that could not be read included.
+        failed: number of images that could not be read.
+        done: number of images of this start; the others were done before.
+        seconds: time that it took.
+        out: folder of the detections.
     """
 
     images: int

@@ -32,7 +32,7 @@ from raydet.visualization import draw_boxes, write_picture, write_video
 
 logger = logging.getLogger(__name__)
 
-METADATA = "raydet"  # of an ONNX file: what a checkpoint's config.json says
+METADATA = "raydet"  # key in an ONNX file that has what a checkpoint's config.json says
 SHOWN_SCORE = 0.25  # below it are detections that an evaluation counts, but nobody wants to see
 
 

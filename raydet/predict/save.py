@@ -34,9 +34,9 @@ class Target:
 
     Attributes:
         source: the pictures, or one video.
-        names: what each picture, or the video, is called in the results.
-        files: what each is written as, below `out`.
-        out: folder for all.
+        names: name of each picture, or of the video, in the results.
+        files: file that each is written to, below `out`.
+        out: folder for all files.
     """
 
     source: Source
@@ -100,9 +100,9 @@ def open_target(source: str, out: Path, max_pixels: int = MAX_PIXELS) -> Target:
     """Return what a source of the command line is; pictures that an earlier call drew into `out` are none of it.
 
     Args:
-        source: as it was typed.
+        source: the source, as it was typed.
         out: folder for what is found.
-        max_pixels: pixels of the largest image that is decoded.
+        max_pixels: largest image to decode, in pixels.
 
     Raises:
         RaydetError: there is nothing to detect in, or a file would be replaced that is not raydet's.

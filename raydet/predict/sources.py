@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 Image = npt.NDArray[np.uint8]
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-_TIMEOUT_S = 30.0  # of a web server
-_FPS = 25.0  # of what does not say
+_TIMEOUT_S = 30.0  # wait for a web server
+_FPS = 25.0  # frames per second of a video that does not say
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Video:
     Attributes:
         name: path, address, or number of the camera.
         address: what OpenCV opens.
-        fps: frames a second.
+        fps: frames per second.
         frames: number of frames as the file says; None: unknown.
     """
 
@@ -88,7 +88,7 @@ class Source:
 
     Attributes:
         parts: where they come from.
-        is_single: it is one image, not a list or folder of one.
+        is_single: is it one image, and not a list or a folder of one?
     """
 
     parts: tuple[Sequence[Picture] | Video, ...]
@@ -120,7 +120,7 @@ def open_source(source: Any, max_pixels: int = MAX_PIXELS) -> Source:
 
     Args:
         source: see `raydet.predict.predictor.Predictor.predict` for what it may be.
-        max_pixels: pixels of the largest image file that is decoded.
+        max_pixels: largest image file to decode, in pixels.
 
     Raises:
         RaydetError: it is nothing that can be detected in, or nothing is there.

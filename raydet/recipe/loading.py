@@ -123,7 +123,7 @@ def _whole_loss(loss: Any) -> Any:
 
 
 def _drop_strange_arguments(loss: dict[str, Any], name: str) -> None:
-    """Of another loss' arguments in the recipe, leave those that this one has too."""
+    """Drop the arguments of another loss in the recipe that this loss does not have."""
     if is_own(name):
         kind = locate(name, "loss.name")
         strange = [key for key in loss if key != "name" and not accepts(kind, key)]

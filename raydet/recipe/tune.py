@@ -31,7 +31,7 @@ class Space(Section):
 
     @property
     def kind(self) -> str:
-        """Its name."""
+        """Name of the kind."""
         (kind,) = self.model_fields_set
         return kind
 

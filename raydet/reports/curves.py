@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _Floats = npt.NDArray[np.float64]
-_Lines = Sequence[Mapping[str, float]]  # of metrics.jsonl
+_Lines = Sequence[Mapping[str, float]]  # lines of metrics.jsonl
 
 SMOOTHED_ABOVE = 200  # points: more are drawn thin, with the mean over their neighbours on top
 _NEIGHBOURS = 0.02  # share of the points that such a mean takes
@@ -36,7 +36,7 @@ def plot(folder: Path, out: Path | None = None) -> Path:
 
     Args:
         folder: folder of the run, finished or not.
-        out: the picture, a PNG; None: images/metrics.png in the folder.
+        out: path of the picture, a PNG; None: images/metrics.png in the folder.
 
     Raises:
         RaydetError: no step is logged, or the picture cannot be written.

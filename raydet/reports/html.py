@@ -15,8 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 SERIES = ("first", "second", "third")  # CSS classes, a colour each
-_WIDE, _HIGH = 340, 150  # of a chart, in units of its own
-_MOST_POINTS = 300  # of a curve: more are drawn as means
+_WIDE, _HIGH = 340, 150  # size of a chart, in units of its own
+_MOST_POINTS = 300  # points of a curve: more are drawn as means
 
 
 def page(title: str, content: str) -> str:
@@ -95,7 +95,7 @@ def bar_table(head: Sequence[str], rows: Mapping[str, tuple[Sequence[str], Array
 
     Args:
         head: heads of the columns, as HTML.
-        rows: name → text of the cells, and a share for each split.
+        rows: name → text of the cells, and a share for each split, which is drawn as a bar.
     """
     top = max((float(shares.max()) for _, shares in rows.values()), default=0.0) or 1.0
     body = ""

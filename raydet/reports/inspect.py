@@ -39,7 +39,7 @@ RELATIVE_SIZES: Array = 10 ** np.linspace(-2, 0, 21)  # square root of a box's s
 ASPECT_RATIOS: Array = 10 ** np.linspace(-1, 1, 21)  # width / height
 COCO_SIZES = ("small", "medium", "large")
 COCO_AREAS = (32**2, 96**2)  # pixels², where the next begins
-CELLS = 24  # of the map of centres, each way
+CELLS = 24  # cells of the map of centres, each way
 
 BEYOND = 1.0  # pixels by which a box may leave its image: rounding does that
 TINY = 4.0  # pixels in the model's input: half of the finest stride
@@ -68,13 +68,13 @@ class Statistics:
         empty: number of images without objects.
         objects_of_class: [classes] number of objects.
         images_of_class: [classes] number of images that have such an object.
-        coco_sizes: [3], objects of each of `COCO_SIZES`, by their area.
+        coco_sizes: [3] number of objects of each of `COCO_SIZES`, by their area.
         relative_sizes: histogram of the square root of a box's share of its image, over `RELATIVE_SIZES`; what lies
             beyond is in the outer bins.
         aspect_ratios: histogram of width / height over `ASPECT_RATIOS`; what lies beyond is in the outer bins.
         objects_an_image: [most objects + 1] number of images with this many objects.
         image_sizes: (width, height) in pixels → images, most frequent first.
-        centres: [`CELLS`, `CELLS`], objects by where in their image the centre is, rows first.
+        centres: [`CELLS`, `CELLS`] number of objects by where in their image the centre is, rows first.
     """
 
     class_names: tuple[str, ...]
@@ -102,11 +102,11 @@ class Finding:
 
     Attributes:
         level: "error": training stops or learns what is wrong; "warning": probably a mistake; "note": good to know.
-        split: its name, or the names of several.
-        what: which records.
+        split: name of the split, or names of several.
+        what: description of the records.
         count: number of these records.
         remedy: what to do, or what it means.
-        examples: the first of them.
+        examples: names of the first of these records.
     """
 
     level: Level
@@ -142,8 +142,8 @@ class Inspection:
 
     Attributes:
         root: folder or URI of the data set.
-        splits: name → numbers.
-        findings: the worst first.
+        splits: name of a split → its numbers.
+        findings: what a person should know, worst first.
         galleries: headline → pictures.
     """
 
@@ -408,7 +408,7 @@ def _boxes(split: str, index: Index, image_size: tuple[int, int]) -> Iterator[Fi
 
 
 def _same_place(flat: _Flat, chosen: Array) -> tuple[Array, Array]:
-    """Of the chosen boxes, find the pairs in one image whose IoU is at least `SAME_PLACE`, by a sweep from the left."""
+    """Find the pairs of chosen boxes in one image whose IoU is at least `SAME_PLACE`, by a sweep from the left."""
     order = chosen[np.lexsort((flat.boxes[chosen, 0], flat.image[chosen]))]
     boxes, sides, image = flat.boxes[order], flat.sides[order], flat.image[order]
     reach = boxes[:, 0] + sides[:, 0] * (1 / SAME_PLACE - 1)  # further right starts no box with such an IoU

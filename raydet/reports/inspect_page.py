@@ -29,8 +29,8 @@ from raydet.reports.inspect import (
 
 Array = npt.NDArray[Any]
 
-WIDE, HIGH = 340, 130  # of a chart, in units of its own
-MOST_BINS = 30  # of objects an image
+WIDE, HIGH = 340, 130  # size of a chart, in units of its own
+MOST_BINS = 30  # bins of the histogram of objects per image
 SIZES = 5  # image sizes that are listed
 JPEG_QUALITY = 82
 

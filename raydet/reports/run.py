@@ -11,18 +11,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from torch import nn
 
 from raydet import __version__
-from raydet.data.index import Index
-from raydet.data.render import decode
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
-from raydet.predict.predictor import Detections, load
 from raydet.reports.html import bar_table, card, curves, embedded, page
 from raydet.runs.log import METRICS_FILE, best_validation, components, read_metrics
 from raydet.store import Store
-from raydet.visualization import draw_boxes, grid, resized
 
 REPORT = "report.html"
 _CLASS = "val/AP@0.50:0.95_"
@@ -191,41 +186,3 @@ def _environment(folder: Path) -> str:
         return ""
     rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
     return f'<div class="card wide"><table><tbody>{rows}</tbody></table></div>'
-
-
-SHOWN, SHOWN_SCORE, CELL = 6, 0.3, 360
-
-
-def draw_validation(folder: Path, index: Index, model: nn.Module | None = None) -> Path:
-    """Draw the best checkpoint's detections on validation images beside the ground truth, and return the picture.
-
-    The images are spread over the index; detections below a score of 0.3 are left out.
-
-    Args:
-        folder: folder of the run.
-        index: index of the images.
-        model: a detector of the user's own, where the run is of one.
-    """
-    predictor = load(folder, model=model)
-    pictures = []
-    count = min(SHOWN, len(index))
-    for row in (number * len(index) // count for number in range(count)):
-        try:
-            image = decode(index.read(row), index.path(row), index.size(row))
-        except RaydetError:  # left out, as the log says
-            continue
-        scale = min(CELL / side for side in image.shape[:2])
-        shown = resized(image, scale, cv2.INTER_AREA)
-        truth = index.annotations(row)
-        found = predictor.predict(image[:, :, ::-1], SHOWN_SCORE)
-        assert isinstance(found, Detections)
-        pictures += [
-            draw_boxes(shown, truth.boxes * scale, truth.labels.tolist(), index.class_names),
-            draw_boxes(
-                shown, found.boxes * scale, found.labels.tolist(), predictor.config.class_names, found.scores.tolist()
-            ),
-        ]
-    path = folder / "images" / "validation.jpg"
-    path.parent.mkdir(exist_ok=True)
-    cv2.imwrite(str(path), grid(pictures, columns=4, cell=(CELL, CELL)))
-    return path

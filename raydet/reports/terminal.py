@@ -26,13 +26,13 @@ from raydet.evaluation.coco import MAIN_METRIC
 from raydet.runs.log import METRICS_FILE, best_validation, components, parse_metrics, read_metrics
 from raydet.runs.mirror import repeated
 
-_Line = Mapping[str, float]  # of metrics.jsonl
+_Line = Mapping[str, float]  # a line of metrics.jsonl
 _CLASS = f"val/AP@{MAIN_METRIC.partition('@')[2]}_"
 _PROGRESS = "epoch "  # how the lines of log.txt begin that the table shows better
 _LOOK_EVERY_S = 0.5
 
-TRAINING_LINES, VALIDATIONS = 10, 5  # that the table shows
-_MIN_TRAINING_LINES = 3  # of them, before a low terminal shows validations
+TRAINING_LINES, VALIDATIONS = 10, 5  # rows that the table shows
+_MIN_TRAINING_LINES = 3  # training lines before a low terminal shows validations
 _NOTHING = "-"  # in a cell
 _UNLIMITED = 10_000  # columns: as wide as a table would like to be
 _EXTREMES = 5  # best and worst classes that the summary names
@@ -261,9 +261,9 @@ class _Column:
     """A column of a table.
 
     Attributes:
-        title: at its head.
-        cell: the text of a line.
-        dispensable: the higher, the sooner it is left out where the terminal is narrow; 0: it stays.
+        title: head of the column.
+        cell: function that gives the text of a line in this column.
+        dispensable: order in which columns are left out where the terminal is narrow, highest first; 0: it stays.
     """
 
     title: str

@@ -30,6 +30,7 @@ from raydet.errors import RaydetError
 from raydet.models import Detector, Preprocessing
 from raydet.plugins import call, is_own, locate
 from raydet.recipe import Eval
+from raydet.store import write_aside
 
 FORMAT = 3
 WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
@@ -43,11 +44,11 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        position: samples that it has trained on.
-        step: updates of the weights, skipped ones included.
+        position: number of samples that were trained on.
+        step: number of steps that are done, skipped ones included.
         best: highest value of the metric that is watched; -1: none yet.
-        stale: validations since then.
-        bad: steps in a row that were skipped.
+        stale: number of validations since the best one.
+        bad: number of steps in a row that were skipped.
     """
 
     position: int = 0
@@ -108,8 +109,8 @@ def pack(
     Args:
         config: what is known of the model.
         average: the model with the averaged weights (EMA), which are the weights to use.
-        training: state dicts by name, for going on with the training; None: it cannot be gone on with.
-        progress: where it stands.
+        training: state dicts by name, to resume the training from; None: the training cannot be resumed.
+        progress: where the training stands.
         epoch: number of epochs that are done.
         metrics: metrics of the averaged weights.
         is_awaited: the metrics will come later: the checkpoint is being validated elsewhere.
@@ -192,9 +193,7 @@ def set_thresholds(folder: Path, thresholds: Eval) -> None:
 
 
 def _update(folder: Path, values: Mapping[str, Any]) -> None:
-    partial = folder / f"{_PARTIAL}{CONFIG}"
-    partial.write_text(json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
-    partial.replace(folder / CONFIG)
+    write_aside(folder / CONFIG, json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
 
 
 def damage(folder: Path) -> str | None:
@@ -234,8 +233,8 @@ def prune(run: Path, keep: int) -> None:
     Only the last two can be gone on from: the last, and the one before should that be damaged.
 
     Args:
-        run: its folder.
-        keep: number of the best.
+        run: folder of the run.
+        keep: number of best checkpoints to keep.
     """
     folders = sorted(run.glob(_NAMES))
     last = folders[-2:]

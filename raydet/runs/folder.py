@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from raydet.data import cache
 from raydet.errors import RaydetError, some
 from raydet.plugins import is_own
 from raydet.recipe import Eval, Recipe, describe, differences, keys_given
 from raydet.recipe import load as load_recipe
-from raydet.runs.checkpoint import Config, read_json
-from raydet.store import Store, is_uri
+from raydet.store import Store, is_uri, write_aside
+
+if TYPE_CHECKING:
+    from raydet.runs.checkpoint import Config
 
 STOP = "stop"  # a file of this name in the folder of a run ends it after the step, with a checkpoint
 
@@ -71,8 +71,8 @@ def claimed(folder: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     File systems of a network without locks give no such protection: there nothing is held and nothing refused.
 
     Args:
-        folder: to hold; made if need be.
-        what: this command, for the message to others.
+        folder: folder to claim; it is made if need be.
+        what: name of this command, for the message to others.
         wait_s: how long to wait for another process that holds it.
 
     Raises:
@@ -116,8 +116,8 @@ def load_evaluated(
     """Return the recipe to evaluate a checkpoint, a run or a weights file with.
 
     Args:
-        checkpoint_path: what is evaluated.
-        recipe: the user's own; None: that of the run.
+        checkpoint_path: path of what is evaluated.
+        recipe: the user's own recipe; None: the recipe of the run.
         overrides: `section.key=value`.
         trust_code: the recipe of the run may name code that reads the data.
 
@@ -179,7 +179,7 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
     """Make the folder of a run with recipe.yaml, inputs.json and environment.json, or check that it is the same run.
 
     Args:
-        folder: the run's, or this machine's copy of it.
+        folder: folder of the run, or this machine's copy of it.
         recipe: the settings of the run.
         inputs: what the run was given beside its recipe, such as the names of the classes: name → value.
 
@@ -188,6 +188,8 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
     """
     if any(folder.glob("checkpoint_*/config.json")):
         changed = differences(recipe, load_recipe(folder / "recipe.yaml"))
+        from raydet.runs.checkpoint import read_json  # torch takes seconds, and `raydet plot` does without it
+
         earlier = read_json(folder / "inputs.json")
         changed += [
             f"{key}: {_short(earlier.get(key))} there, {_short(value)} here"
@@ -202,15 +204,17 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "recipe.yaml", describe(recipe))
-        _write(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
-        _write(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_aside(folder / "recipe.yaml", describe(recipe))
+        write_aside(folder / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+        write_aside(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
 
 
 def environment() -> dict[str, str | int]:
     """Return what a run's numbers may depend on beside its recipe."""
+    import torch
+
     packages = ("raydet", "torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "hotcoco")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none on the driver"
     return {
@@ -224,9 +228,3 @@ def environment() -> dict[str, str | int]:
 
 def _short(value: object) -> str:
     return some(value) if isinstance(value, list) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
+from raydet.store import write_aside
 from raydet.visualization import Shown, sheet, write_picture
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,9 +47,7 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     path = folder / METRICS_FILE
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        partial.replace(path)
+        write_aside(path, "".join(line + "\n" for line in lines))
 
 
 def components(values: Mapping[str, float]) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Mirror:
         self.folder = folder
         self.store = None if address is None else Store(address)
         self._ignored = ignored
-        self._known: dict[str, tuple[int, int]] = {}  # of files that are the same here and there: size and time here
+        self._known: dict[str, tuple[int, int]] = {}  # files that are equal here and there: size and time here
 
     def pull(self, wanted: Callable[[str], bool]) -> None:
         """Bring files of the store here, but for those that are here already.
@@ -191,14 +191,24 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
     What is written into the copy is brought to the store at the end.
 
     Args:
-        path: local, or an address.
-        weights: bring those of the checkpoint too, of a run those of the best.
+        path: local path or address of a run or a checkpoint; or, where nothing has this path, the name of a model,
+            which means its published COCO weights.
+        weights: bring the weights of the checkpoint as well; of a run, those of the best checkpoint.
 
     Raises:
         RaydetError: there is nothing, or the store cannot be reached.
     """
     if not is_uri(path):
-        yield Path(path).expanduser()
+        local = Path(path).expanduser()
+        if not local.exists():
+            from raydet.models.download import is_published
+            from raydet.runs.published import published_checkpoint
+
+            if is_published(path):
+                with published_checkpoint(str(path)) as folder:
+                    yield folder
+                return
+        yield local
         return
     from raydet.runs import checkpoint
 

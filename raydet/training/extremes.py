@@ -88,10 +88,10 @@ class TrainPictures:
         """Look at a step.
 
         Args:
-            position: at which it began.
-            number: of the step.
-            batch: this rank's.
-            outcome: of the step.
+            position: position in the stream at which the step began.
+            number: number of the step.
+            batch: batch of this rank.
+            outcome: outcome of the step.
             size: (height, width) of the images that the model got.
         """
         extreme, numbered = self._extreme_at(position), self._numbered_at(position)
@@ -174,8 +174,8 @@ class ValPictures:
         self._extreme = [entry for entry in on_valid if _due(entry, epoch, job)]
         self._numbered = [entry for entry in track.visualize if entry.phase == "valid" and _due(entry, epoch, job)]
         self._needs_loss = any(entry.metric is None for entry in self._extreme)
-        self._batches: list[list[int]] = []  # rows of each
-        self._losses: list[tuple[Array, Array]] = []  # of each: components [C], and shares of the images [B, K]
+        self._batches: list[list[int]] = []  # rows of each batch
+        self._losses: list[tuple[Array, Array]] = []  # components [C], and shares of the images [B, K]
         self._found: dict[int, Array] = {}
         self._seconds = 0.0
 

@@ -102,7 +102,7 @@ class Validated:
     """What a validation beside the training has found.
 
     Attributes:
-        metrics: by name, as a line of metrics.jsonl has them.
+        metrics: metrics by name, as in a line of metrics.jsonl.
         logged: what else is to be logged, such as pictures; see `raydet.runs.log.Recorder`.
         seconds: duration of the validation.
     """

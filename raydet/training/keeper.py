@@ -34,7 +34,7 @@ class Keeper:
     Args:
         run: the training on this rank.
         average: the model whose weights are kept.
-        trained: what else has a state that the training goes on from, by name.
+        trained: what else has a state that a training is resumed from, by name.
     """
 
     def __init__(self, run: Run, average: nn.Module, trained: Mapping[str, Any]):
@@ -104,8 +104,8 @@ class Keeper:
 
         Args:
             state: where the training stands.
-            metrics: found in a validation of these weights.
-            awaited: validate them beside the training.
+            metrics: metrics of a validation of these weights.
+            awaited: will the weights be validated beside the training?
         """
         self._saved = time.monotonic()
         if not self._leader:

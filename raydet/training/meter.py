@@ -31,7 +31,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sum: Tensor | None = None  # of the loss and its components
+        self._sum: Tensor | None = None  # sum of the loss and its components
         self._steps = self._skipped = self._images = 0
         self._grad_norm = 0.0
         self._waited = 0.0

@@ -123,7 +123,7 @@ def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
     It runs in another thread: interrupted in the main thread, Ray would end the workers at once.
 
     Args:
-        trainer: of the run.
+        trainer: trainer of the run.
         stop: file that tells the workers to end after the step.
         say: takes a line on that.
     """

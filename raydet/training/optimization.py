@@ -82,14 +82,14 @@ class Schedule:
     All numbers are in steps.
 
     Attributes:
-        total: steps of the run.
-        warmup: the rate rises from lr / warmup to lr.
-        cooldown: at the end the rate is final · lr, or what it was before if that is lower.
+        total: number of steps of the run.
+        warmup: number of first steps, in which the rate rises from lr / warmup to lr.
+        cooldown: number of last steps, in which the rate is final · lr, or what it was before if that is lower.
         lr: highest rate.
-        final: lowest rate, as a share of it.
-        kind: of the rate between warm-up and cooldown.
-        milestones: of the kind "step": from each on the rate is `gamma` times what it was.
-        gamma: see there.
+        final: lowest rate, as a fraction of `lr`.
+        kind: shape of the schedule between warmup and cooldown: "cosine", "step" or "constant".
+        milestones: steps from which on the rate is `gamma` times what it was, with the kind "step".
+        gamma: factor on the rate at each milestone.
     """
 
     total: int

@@ -17,6 +17,7 @@ from raydet.data.index import Index
 from raydet.errors import RaydetError, did_you_mean, some
 from raydet.evaluation.coco import MAIN_METRIC, CocoEvaluation, metric_names
 from raydet.models import Detector, Family, Preprocessing, load_weights
+from raydet.models.download import local_weights
 from raydet.models.reference_weights import is_uri
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.recipe import Eval, Recipe
@@ -42,7 +43,7 @@ def make_job(
         train_index: images to train on; None for an evaluation.
         val_index: images to validate on.
         model: a model of the user's own in place of the recipe's.
-        loss: likewise.
+        loss: a loss of the user's own in place of the recipe's.
 
     Raises:
         RaydetError: classes, batch and workers, model and loss, or weights do not fit.
@@ -63,7 +64,7 @@ def make_job(
         model = build(name, len(names), recipe.data.image_size)
         if recipe.model.weights is not None:
             # To measure prediction layers that nobody has trained would be a mistake.
-            load_weights(model, _weights(recipe.model.weights), train_index is None, names)
+            load_weights(model, _weights(recipe.model.weights, name), train_index is None, names)
     family = _family(model, recipe)
     if family is not None and family.has_queries:
         check_recipe_without_nms(recipe.eval, family)
@@ -130,15 +131,16 @@ def _check_watch(settings: Eval, val_index: Index) -> None:
         )
     if watch == MAIN_METRIC:
         return
-    # Of some classes, or of small, medium or large objects, the validation data may have none.
+    # The validation data may have no objects of some classes, or no small, medium or large ones.
     nothing = CocoEvaluation(val_index, max_dets=settings.max_dets)
     nothing.update(range(len(val_index)), [np.empty((0, 6))] * len(val_index))
     if watch not in nothing.compute():
         raise RaydetError(f"eval.watch: the validation data has no objects that {watch} is measured on: watch another")
 
 
-def _weights(text: str) -> str | Path:
-    """Return what the recipe's weights mean: a URI, a file, a checkpoint, or the best one of a run."""
+def _weights(text: str, model: str) -> str | Path:
+    """Return what the recipe's weights mean: a URI, a file, published ones, a checkpoint, or the best one of a run."""
+    text = str(local_weights(text, model))
     path = Path(text).expanduser()
     return text if is_uri(text) else find(path) if path.is_dir() else path
 
@@ -202,7 +204,7 @@ def check_norms(recipe: Recipe, model: nn.Module) -> None:
 
     Args:
         recipe: says how many images a worker takes at once, and how small they are.
-        model: as it is trained, on the CPU.
+        model: the model as it is trained, on the CPU.
     """
     train = recipe.train
     fewest, most = recipe.scale.workers

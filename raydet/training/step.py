@@ -26,15 +26,18 @@ class Outcome:
     """What became of a step; the same on every rank, but for `suspect`, `shares` and `outputs`. Tensors on the CPU.
 
     Attributes:
-        loss: [] mean over the ranks.
-        components: [C] likewise.
-        grad_norm: of all gradients as one vector, before clipping.
-        finite: else the weights are as they were.
-        overflow: not finite only because half precision was scaled too far, which has been lowered.
-        suspect: not finite, and this rank's batch may be why: what the model makes of it is not, or of no rank's batch.
-        asked: the flags of rank 0.
-        shares: [B, K] of this rank's images in the loss, by term; None of a loss whose terms are not known.
-        outputs: of the model, for each part of the batch, on its device; none if they are not to be kept.
+        loss: [] mean of the loss over the ranks.
+        components: [C] mean of the components of the loss over the ranks.
+        grad_norm: norm of all gradients as one vector, before clipping.
+        finite: are loss and gradients finite? Otherwise the weights are as they were.
+        overflow: is the step not finite only because the loss was scaled too far for half precision? The scale has been
+            lowered.
+        suspect: is the step not finite, and may this rank's batch be the reason? It may if the model's output for the
+            batch is not finite, or if that of every rank is finite.
+        asked: flags of rank 0.
+        shares: [B, K] share of each of this rank's images in the loss, by term; None: the terms of the loss are not
+            known.
+        outputs: output of the model for each part of the batch, on its device; empty: they are not to be kept.
     """
 
     loss: Tensor
@@ -52,12 +55,12 @@ class Step:
     """Makes the steps of a training on one rank.
 
     Args:
-        model: what is trained, on the device.
+        model: the model that is trained, on the device.
         criterion: the loss.
-        optimizer: of its weights.
-        settings: of the recipe.
-        device: where the model is.
-        ranks: that train it together.
+        optimizer: optimizer of the model's weights.
+        settings: section `train` of the recipe.
+        device: device of the model.
+        ranks: number of ranks that train the model together.
     """
 
     def __init__(
@@ -94,10 +97,10 @@ class Step:
         """Train on a batch.
 
         Args:
-            batch: this rank's, on the CPU.
-            prepare: makes the model's input of images [B, 3, H, W] uint8 and targets [N, 6] on the device.
-            asked: flags that all ranks shall know of rank 0.
-            keep_outputs: return what the model made of the images.
+            batch: batch of this rank, on the CPU.
+            prepare: turns images [B, 3, H, W] uint8 and targets [N, 6], on the device, into the model's input.
+            asked: flags of rank 0 that all ranks get to know.
+            keep_outputs: return the outputs of the model as well.
 
         Raises:
             RaydetError: the memory of the GPU is too small for it.
@@ -226,8 +229,9 @@ def part_size(count: int, most: int | None) -> int:
     """Return how many images of a worker's share each part of a step has, the last perhaps less.
 
     Args:
-        count: images of the share.
-        most: images of a part, None: any; parts are of about the same size, as norms cannot learn from a single image.
+        count: number of images of the share.
+        most: largest number of images of a part; None: any. Parts have about the same size, as batch norm cannot learn
+            from a single image.
     """
     return count if most is None else -(-count // -(-count // most))
 

@@ -72,7 +72,7 @@ class Validation:
         """Detect in this rank's images, and gather what all ranks have found.
 
         Args:
-            model: in evaluation mode, on the device.
+            model: the model, in evaluation mode, on the device.
             follower: looks at batches, images and the evaluation.
 
         Returns:
@@ -106,7 +106,7 @@ class Validation:
         """Run a model on this rank's images.
 
         Args:
-            model: in evaluation mode, on the device.
+            model: the model, in evaluation mode, on the device.
             callback: makes something for each image from the output of the model.
             look: called with each batch and the output of the model.
 

@@ -190,7 +190,7 @@ def worker(config: Mapping[str, Handed]) -> Any:
         return handed.loop(Run(job, world, log))
 
 
-EXIT_CODE = 70  # of a process that the watchdog has ended
+EXIT_CODE = 70  # exit code of a process that the watchdog has ended
 
 
 class Watchdog:
@@ -200,7 +200,7 @@ class Watchdog:
     takes both for work.
 
     Args:
-        seconds: without a sign of life.
+        seconds: longest time without a sign of life.
         report: file for the stacks of all threads, which say where it hangs.
         say: takes a line on that.
     """

@@ -104,13 +104,13 @@ def tune_nms(
         model: a detector of your own, where the checkpoint is of one.
         trust_code: run the code that the checkpoint names as its model, and the recipe of its run to read the data.
         overrides: `section.key=value`.
-        objective: what is to be highest, one of raydet.tuning.thresholds.OBJECTIVES.
+        objective: metric to maximise, one of raydet.tuning.thresholds.OBJECTIVES.
         precision: only settings by which at least this share of the detections is right at IoU 0.50; None: any.
-        trials: number of settings.
+        trials: number of settings to try.
         seed: seed of the settings, of the halves of the images and of the bootstrap.
         out: folder for the table and the picture; None: the checkpoint's, or for a weights file this one.
-        debug: in this process, without Ray.
-        device: with `debug`.
+        debug: run in this process, without Ray.
+        device: device to run on, with `debug`.
         verbose: let Ray print what its workers print.
         say: takes each line of progress.
 

@@ -18,8 +18,8 @@ from raydet.store import Store
 from raydet.tuning.trials import Trial, short
 
 COORDINATES, IMPORTANCE = "parallel_coordinates.png", "importance.png"
-_TICKS = 5  # of an axis of numbers
-_MIN_TRIALS = 3  # of which a correlation says something
+_TICKS = 5  # ticks of an axis of numbers
+_MIN_TRIALS = 3  # fewest trials whose correlation says something
 
 _Floats = npt.NDArray[np.float64]
 
@@ -28,10 +28,10 @@ def draw(trials: Sequence[Trial], space: Mapping[str, Space], watch: str, folder
     """Draw a sweep's trials and the importance of its settings; return the pictures' paths.
 
     Args:
-        trials: those that something was measured of, the best first.
-        space: that their values are from.
-        watch: the metric.
-        folder: for the pictures.
+        trials: trials that something was measured of, best first.
+        space: settings that the sweep tries.
+        watch: metric by which trials are compared.
+        folder: folder for the pictures.
     """
     figures = {COORDINATES: _coordinates(trials, space, watch), IMPORTANCE: _importance(trials, space, watch)}
     for name, figure in figures.items():

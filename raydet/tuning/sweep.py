@@ -28,6 +28,7 @@ from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
+from raydet.models.download import local_weights
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
 from raydet.runs import checkpoint
@@ -197,7 +198,7 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     with claimed(folder, "raydet tune", _ENDING_S):  # a driver that was killed leaves trials that end soon
         pass
     if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
-        shutil.rmtree(folder)  # of a sweep that was killed before it had noted this trial
+        shutil.rmtree(folder)  # left by a sweep that was killed before it had noted this trial
     folder.mkdir(parents=True, exist_ok=True)
     Store(folder).write(VALUES, (json.dumps(values) + "\n").encode())
     (folder / ERROR).unlink(missing_ok=True)
@@ -225,7 +226,10 @@ def _anywhere(settings: Recipe) -> Recipe:
     def absolute(path: str | None) -> str | None:
         return path if path is None or is_uri(path) else str(Path(path).expanduser().resolve())
 
-    model = settings.model.model_copy(update={"weights": absolute(settings.model.weights)})
+    weights = settings.model.weights
+    model = settings.model.model_copy(
+        update={"weights": absolute(weights and str(local_weights(weights, settings.model.name)))}
+    )
     data = settings.data.model_copy(update={"root": absolute(settings.data.root)})
     return settings.model_copy(update={"model": model, "data": data})
 

@@ -64,8 +64,8 @@ class Comparison:
     Attributes:
         default: value of the objective with the default thresholds.
         winner: value of the objective with the winner's thresholds.
-        gain: low, middle and high of the winner's value less the default's: the middle as it is, low and high the
-            bounds that 95 % of the bootstrap's resamples of the images are within.
+        gain: (low, middle, high) of the winner's value minus the default's; the middle is measured on the images as
+            they are, low and high bound 95 % of the bootstrap's resamples of the images.
     """
 
     default: float

@@ -165,10 +165,10 @@ def test_what_is_missing_or_damaged_is_written_again(copy, whole, shapes_index, 
 
 INGEST = """
 import sys
-from raydet.data.ingest import ingest_index
+from raydet.data.shards import ingest_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
-from raydet.data.store import Store
+from raydet.store import Store
 import ray
 ray.init(log_to_driver=False, logging_level="ERROR")
 ingest_index(Index.load(open(sys.argv[1], "rb").read()), Store(sys.argv[2]), Problems(), shard_mb=float(sys.argv[3]))

@@ -17,7 +17,7 @@ from raydet.errors import RaydetError
 from raydet.losses import PPYoloELoss, YoloXFastDetectionLoss
 from raydet.models import family_of, get
 from raydet.recipe import load
-from raydet.reports.run import draw_validation
+from raydet.reports.validation import draw_validation
 
 
 def train(demo, *overrides, **arguments):

@@ -448,7 +448,7 @@ def test_without_a_place_for_it_nothing_is_kept(data, cache, caplog):
 
 
 OWN = """
-from raydet.data.records import index_of_records
+from raydet.data.own import index_of_records
 def mine(root, split):
     print("read")
     return index_of_records([{"path": "a.jpg", "boxes": [[1, 2, 3, SIDE]], "labels": [0]}], ["cat"], root)

@@ -12,7 +12,7 @@ PROCESSES = 40
 READ_AND_END = """
 import sys
 from pathlib import Path
-from raydet.data.parquet import read_parquet
+from raydet.store import read_parquet
 read_parquet(Path(sys.argv[1]).read_bytes())
 """
 

@@ -172,7 +172,7 @@ def test_a_file_is_never_seen_half_written(tmp_path):
     store = Store(tmp_path)
     store.write("a", b"whole")
     with pytest.raises(TypeError):
-        store.write("a", "no bytes")
+        store.write("a", 7)
     assert store.read("a") == b"whole"
     assert list(store.files()) == ["a"], "nothing is left beside it"
 

@@ -1,0 +1,1 @@
+"""What has SuperGradients' names and another one in raydet: `dataloaders.get`."""
