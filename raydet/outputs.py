@@ -1,4 +1,4 @@
-"""The three kinds of raw output that the detectors have, told apart by their shapes.
+"""The four kinds of raw output that the detectors have, told apart by their shapes.
 
 Losses and post-prediction callbacks take their inputs apart here, so that an output of another family is refused with
 the names of both.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-YOLOX, PPYOLOE, SSD = "YOLOX", "PP-YOLOE or YOLO-NAS", "SSD"
+YOLOX, PPYOLOE, SSD, DFINE = "YOLOX", "PP-YOLOE or YOLO-NAS", "SSD", "D-FINE"
 
 
 class DFLOutput(NamedTuple):
@@ -36,11 +36,45 @@ class DFLOutput(NamedTuple):
     stride: Tensor
 
 
+class DFineOutput(NamedTuple):
+    """What D-FINE returns in training: N queries, of which the last Q detect and those before them are denoising.
+
+    All boxes are cx, cy, w, h in shares of the image. D is the number of decoder layers.
+
+    Attributes:
+        logits: [D, B, N, C] class logits after each layer.
+        boxes: [D, B, N, 4] boxes after each layer.
+        corners: [D, B, N, 4 · bins] distances left, top, right, bottom as distributions, before the softmax.
+        initial_logits: [B, N, C] class logits of the first layer without the estimate of the box's quality.
+        initial_boxes: [B, N, 4] boxes that all layers refine.
+        selected_logits: [B, Q, C] class logits by which the queries were selected.
+        selected_boxes: [B, Q, 4] boxes of the selected positions.
+        distances: [bins] distance that each bin stands for.
+        reg_scale: [1] length of a box's side in units of the distances.
+        groups: groups of denoising queries, each of 2 · G queries; 0: there are none.
+        image_size: (height, width) of the input in pixels.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    corners: Tensor
+    initial_logits: Tensor
+    initial_boxes: Tensor
+    selected_logits: Tensor
+    selected_boxes: Tensor
+    distances: Tensor
+    reg_scale: Tensor
+    groups: int
+    image_size: tuple[int, int]
+
+
 def kind_of(outputs: Any) -> str:
-    """Return whose training or evaluation output this is, `YOLOX`, `PPYOLOE` or `SSD`; if nobody's, its shapes."""
+    """Return whose training or evaluation output this is, such as `YOLOX`; if nobody's, its shapes."""
     raw = outputs[1] if _is_decoded(outputs) else outputs
     if isinstance(raw, list | tuple):
         dimensions = [item.ndim if isinstance(item, Tensor) else None for item in raw]
+        if len(raw) == 11 and dimensions[:7] == [4, 4, 4, 3, 3, 3, 3]:
+            return DFINE
         if len(raw) == 6 and dimensions[:2] == [3, 3]:
             return PPYOLOE
         if raw and all(d == 5 for d in dimensions):
@@ -69,14 +103,14 @@ def raw_of(outputs: Any, kind: str, wanted_by: str) -> Any:
 def decoded_of(outputs: Any, kind: str, wanted_by: str) -> Any:
     """Return the decoded part of an evaluation output; in `(decoded, None)` decoded is taken at its word.
 
-    PP-YOLOE and YOLO-NAS give boxes and scores alone when they are traced.
+    PP-YOLOE, YOLO-NAS and D-FINE give boxes and scores alone when they are traced.
 
     Raises:
         ValueError: they are another family's, or a training output.
     """
     if isinstance(outputs, list | tuple) and len(outputs) == 2 and outputs[1] is None:
         return outputs[0]
-    if kind == PPYOLOE and _is_traced(outputs):
+    if kind in (PPYOLOE, DFINE) and _is_traced(outputs):
         return outputs
     if (found := kind_of(outputs)) != kind:
         raise ValueError(f"{wanted_by} takes the output of {kind}; this is that of {found}")
@@ -199,3 +233,55 @@ def encode_ssd(boxes: Tensor, default_boxes: Tensor) -> Tensor:
     centres = (boxes[..., :2] - default_boxes[..., :2]) / default_boxes[..., 2:] / SSD_VARIANCES[0]
     sizes = (boxes[..., 2:].clamp(min=1e-6) / default_boxes[..., 2:]).log() / SSD_VARIANCES[1]
     return torch.cat((centres, sizes), dim=-1)
+
+
+def distance_bins(up: Tensor, reg_scale: Tensor, bins: int) -> Tensor:
+    """Return the distance [bins] that each of D-FINE's bins stands for: fine about 0, coarse far from it.
+
+    The lengths grow by a constant factor, and the outermost two are twice as far as those before them could reach
+    (Peng et al., D-FINE, 2024). `up` and `reg_scale` are [1].
+    """
+    reach = (up * reg_scale).abs()
+    step = (reach + 1) ** (2 / (bins - 3))
+    half = bins // 2
+    lengths = step ** torch.arange(1, half, device=up.device) - 1
+    far = 2 * reach
+    return torch.cat((-far, -lengths.flip(0), torch.zeros_like(up), lengths, far))
+
+
+def decode_corners(corners: Tensor, base: Tensor, distances: Tensor, reg_scale: Tensor) -> Tensor:
+    """D-FINE's distributions [..., 4 · bins] and base boxes [..., 4] → refined boxes [..., 4], both cx, cy, w, h."""
+    bins = len(distances)
+    # No matrix product: autocast would make it in half precision.
+    shares = full(corners).view(*corners.shape[:-1], 4, bins).softmax(-1)
+    return move_sides(base, (shares * distances).sum(-1), reg_scale)
+
+
+def move_sides(base: Tensor, moves: Tensor, reg_scale: Tensor) -> Tensor:
+    """Boxes [..., 4] = cx, cy, w, h, whose sides are moved outwards by [..., 4] units of size / `reg_scale`."""
+    centre, size = base[..., :2], base[..., 2:]
+    unit = size / reg_scale
+    low = centre - (0.5 * reg_scale + moves[..., :2]) * unit
+    high = centre + (0.5 * reg_scale + moves[..., 2:]) * unit
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def full(values: Tensor) -> Tensor:
+    """Return half precision as float32; anything else stays as it is."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def logit(shares: Tensor) -> Tensor:
+    """Return the inverse of the sigmoid; of 0 and 1 it is finite."""
+    shares = shares.clamp(0, 1)
+    return torch.log(shares.clamp(min=1e-5) / (1 - shares).clamp(min=1e-5))
+
+
+def slots(image: Tensor) -> Tensor:
+    """Number the objects of each image from 0 in the order of the targets: their images [N] → [N]."""
+    order = image.argsort(stable=True)
+    grouped = image[order]
+    first = torch.searchsorted(grouped, grouped)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(len(image), device=image.device) - first
+    return number

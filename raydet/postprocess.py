@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raydet.boxes import cxcywh_to_xyxy
-from raydet.outputs import PPYOLOE, SSD, YOLOX, decoded_of
+from raydet.outputs import DFINE, PPYOLOE, SSD, YOLOX, decoded_of
 
 NmsType = Literal["iterative", "matrix"]
 
@@ -43,6 +43,7 @@ class PostPrediction:
     """
 
     kind: ClassVar[str]
+    has_nms: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -237,6 +238,40 @@ class PPYoloEPostPredictionCallback(PostPrediction):
         boxes, scores = decoded
         point, score, label = _above(scores, self.conf, self.multi_label_per_box)
         return Candidates(boxes[point], score, label, point)
+
+
+class DFinePostPredictionCallback(PostPrediction):
+    """Detections of D-FINE: the best scores over boxes and classes together, without NMS.
+
+    Decoded: (boxes [B, Q, 4] xyxy, scores [B, Q, C]), as traced models give.
+
+    Args:
+        conf: lowest score of a detection.
+        max_predictions: the best so many of an image are kept.
+        multi_label_per_box: a box may be detected as several classes; otherwise as its best.
+    """
+
+    kind = DFINE
+    has_nms = False
+
+    def __init__(self, conf: float = 0.001, max_predictions: int = 300, multi_label_per_box: bool = True):
+        super().__init__(conf, max_predictions=max_predictions, multi_label_per_box=multi_label_per_box)
+
+    @classmethod
+    def of(cls, **settings: Any) -> PostPrediction:
+        """Build from settings under the names that all families share; those of NMS have no part in it."""
+        for name in ("iou", "class_agnostic_nms", "nms_top_k"):
+            settings.pop(name, None)
+        return cls(**settings)
+
+    def keep(self, found: Candidates) -> Tensor:
+        """Return which [n] of an image's candidates are the best, the best first and of equals the first."""
+        return found.scores.argsort(descending=True, stable=True)[: self.max_predictions]
+
+    def _candidates(self, *decoded: Tensor) -> Candidates:
+        boxes, scores = decoded
+        query, score, label = _above(scores, self.conf, self.multi_label_per_box)
+        return Candidates(boxes[query], score, label, query)
 
 
 def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:

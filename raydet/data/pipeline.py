@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raydet.boxes import Resize, cxcywh_to_xyxy
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
+from raydet.data.distort import PhotometricDistort, ZoomedLetterbox
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.own import TargetFormat
@@ -49,7 +50,8 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     size, data, augment = recipe.data.image_size, recipe.data, recipe.augment
     if augment.rotate90 and size[0] != size[1]:
         raise RaydetError(f"augment.rotate90 needs a square data.image_size, not {size[0]}x{size[1]}")
-    alone = Letterbox(size, resize)
+    plain = Letterbox(size, resize)
+    alone = ZoomedLetterbox(size, resize, augment.zoom_out, augment.iou_crop)
     flips: tuple[Transform, ...] = (
         HorizontalFlip(augment.horizontal_flip),
         VerticalFlip(augment.vertical_flip),
@@ -59,6 +61,7 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
         HSV(augment.hsv, augment.hue, augment.saturation, augment.value),
         ChannelSwap(augment.channel_swap),
     )
+    distort: tuple[Transform, ...] = (PhotometricDistort(augment.photometric),) if augment.photometric else ()
     affine = RandomAffine(size, augment.degrees, augment.translate, augment.scale, augment.shear)
     mixup = Mixup(augment.mixup, size, augment.mixup_scale)
     transforms: list[Transform | Composition]
@@ -68,12 +71,12 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
         transforms = [*flips, alone, *([affine] if affine != RandomAffine(size) else []), mixup]
     return Samples(
         index,
-        (*transforms, *colours),
+        (*transforms, *distort, *colours),
         size,
         data.chunk_size,
         recipe.seed,
         close_at=(recipe.train.epochs - augment.close_epochs) * len(index) if augment.close_epochs else None,
-        closed=(*flips, alone, *colours),
+        closed=(*flips, plain, *colours),
         own=tuple(_own_transform(entry) for entry in augment.transforms),
         window=data.shuffle_window,
         on_error=data.on_error,

@@ -36,6 +36,7 @@ class DetectionLoss(nn.Module):
     """
 
     component_names: tuple[str, ...]
+    has_divisors = False  # whether the terms are divided by different numbers
 
     def terms(self, outputs: Any, targets: Tensor) -> Terms:
         """Return this rank's sums; targets [N, 6] = image, class, cx, cy, w, h in pixels, on any device."""
@@ -101,45 +102,65 @@ class PartialLoss:
     """
 
     def __init__(self, criterion: DetectionLoss):
-        self._criterion = criterion
+        self.criterion = criterion
         self._totals: Terms | None = None
+        self._counted: Terms | None = None
         self._images: list[Tensor] = []
+
+    def count(self, outputs: Any, targets: Tensor) -> None:
+        """Look at a part before any is added, so that all are divided by what the whole is divided by.
+
+        It takes a second pass over the batch, and is for losses whose terms have different divisors: no one number
+        corrects the gradients of their parts. Arguments and errors as in `DetectionLoss.forward`.
+        """
+        self._counted = _joined(self._counted, self._everyones(self.criterion.terms(outputs, targets))[0])
 
     def add(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return a part's loss, a scalar to call backward on; arguments and errors as in `DetectionLoss.forward`.
 
         Raises:
-            ValueError: the terms have different divisors, so that no one number corrects the gradients of parts.
+            ValueError: the terms have different divisors, and the parts were not counted before.
         """
-        mine = self._criterion.terms(outputs, targets)
+        mine = self.criterion.terms(outputs, targets)
         self._images.append(mine.per_image.detach())
-        sums = mine.per_image.sum(0)
-        size = len(sums)
-        totals, ranks = sum_over_ranks(torch.cat((sums, mine.normaliser.view(1), mine.counts)))
-        everyone = Terms(totals[None, :size], totals[size], totals[size + 1 :])
+        everyone, ranks = self._everyones(mine)
         if self._totals is None:
-            self._totals, self._divisors = everyone, self._criterion.divisors(everyone)
-        elif self._divisors.ndim:
-            raise ValueError(f"{type(self._criterion).__name__} divides its terms by different numbers")
-        else:
-            self._totals = Terms(*(before + now for before, now in zip(self._totals, everyone, strict=True)))
+            self._divisors = self.criterion.divisors(everyone if self._counted is None else self._counted)
+        elif self._divisors.ndim and self._counted is None:
+            raise ValueError(f"{type(self.criterion).__name__} divides its terms by different numbers")
+        self._totals = _joined(self._totals, everyone)
+        sums = mine.per_image.sum(0)
         # Ranks average their gradients, so each multiplies its share by their number.
-        return torch.stack(self._criterion.weigh(sums / self._divisors)).sum() * ranks
+        return torch.stack(self.criterion.weigh(sums / self._divisors)).sum() * ranks
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the gradients are to be multiplied by, and the loss and the components of all parts and ranks."""
         assert self._totals is not None
-        divisors = self._criterion.divisors(self._totals)
+        divisors = self.criterion.divisors(self._totals)
         divided = self._totals.per_image[0] / divisors
-        weighted = torch.stack(self._criterion.weigh(divided))
-        components = self._criterion.components(divided, weighted, self._totals)
-        return self._divisors / divisors, weighted.sum(), components
+        weighted = torch.stack(self.criterion.weigh(divided))
+        components = self.criterion.components(divided, weighted, self._totals)
+        scale = torch.ones_like(divisors[0]) if divisors.ndim else self._divisors / divisors
+        return scale, weighted.sum(), components
+
+    @staticmethod
+    def _everyones(mine: Terms) -> tuple[Terms, int]:
+        """Return the totals of all ranks, and how many there are."""
+        sums = mine.per_image.sum(0)
+        size = len(sums)
+        totals, ranks = sum_over_ranks(torch.cat((sums, mine.normaliser.view(1), mine.counts)))
+        return Terms(totals[None, :size], totals[size], totals[size + 1 :]), ranks
 
     def shares(self) -> Tensor:
         """Return each image's share of the loss [B, K], by term: over all images and ranks they add up to it."""
         assert self._totals is not None
-        divided = torch.cat(self._images) / self._criterion.divisors(self._totals)
-        return torch.stack([weight * term for weight, term in zip(self._criterion.weights, divided.T, strict=True)], 1)
+        divided = torch.cat(self._images) / self.criterion.divisors(self._totals)
+        return torch.stack([weight * term for weight, term in zip(self.criterion.weights, divided.T, strict=True)], 1)
+
+
+def _joined(before: Terms | None, now: Terms) -> Terms:
+    """Return the totals of two parts."""
+    return now if before is None else Terms(*(a + b for a, b in zip(before, now, strict=True)))
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from raydet.errors import RaydetError, did_you_mean
-from raydet.models import ppyoloe, reference_weights, ssd, yolo_nas, yolox
+from raydet.models import dfine, ppyoloe, reference_weights, ssd, yolo_nas, yolox
+from raydet.models.dfine import DFine_L, DFine_M, DFine_N, DFine_S, DFine_X
 from raydet.models.family import Detector, Family, Preprocessing
 from raydet.models.ppyoloe import PPYoloE_L, PPYoloE_M, PPYoloE_S, PPYoloE_X
 from raydet.models.reference_weights import Weights
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES",
+    "DFine_L",
+    "DFine_M",
+    "DFine_N",
+    "DFine_S",
+    "DFine_X",
     "Detector",
     "Family",
     "PPYoloE_L",
@@ -45,7 +51,7 @@ __all__ = [
     "load_weights",
 ]
 
-FAMILIES: tuple[Family, ...] = (ssd.FAMILY, yolox.FAMILY, ppyoloe.FAMILY, yolo_nas.FAMILY)
+FAMILIES: tuple[Family, ...] = (ssd.FAMILY, yolox.FAMILY, ppyoloe.FAMILY, yolo_nas.FAMILY, dfine.FAMILY)
 _BY_NAME: dict[str, Family] = {name: family for family in FAMILIES for name in family.models}
 
 
@@ -75,6 +81,7 @@ def get(
     image_size: tuple[int, int] | None = None,
     *,
     pretrained_weights: Literal["coco"] | None = None,
+    num_queries: int | None = None,
 ) -> Detector:
     """Build a detector.
 
@@ -86,17 +93,25 @@ def get(
             "coco", or a model's name: the published COCO weights, downloaded once. None: random weights.
         image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
         pretrained_weights: SuperGradients' name for `weights="coco"`.
+        num_queries: most boxes of an image, for D-FINE; None: 300.
 
     Raises:
-        RaydetError: no such model, no such file, or a file of another model; or `weights` and `pretrained_weights`.
+        RaydetError: no such model, no such file, or a file of another model; `weights` and `pretrained_weights`; or
+            `num_queries` of a model without queries.
     """
     if pretrained_weights not in (None, "coco"):
         raise RaydetError(f"pretrained_weights: {pretrained_weights!r} is not 'coco', the only ones that are known")
     if pretrained_weights is not None and weights is not None:
         raise RaydetError("weights and pretrained_weights are both given: choose one")
     family = family_of(name)
-    fixed = {"image_size": image_size} if family.fixed_size and image_size is not None else {}
-    model = family.models[name](num_classes, **fixed)
+    settings: dict[str, Any] = {}
+    if family.fixed_size and image_size is not None:
+        settings["image_size"] = image_size
+    if num_queries is not None:
+        if not family.has_queries:
+            raise RaydetError(f"num_queries is {num_queries}: {family.name} has no queries")
+        settings["num_queries"] = num_queries
+    model = family.models[name](num_classes, **settings)
     weights = weights or pretrained_weights
     if weights is not None:
         from raydet.models.download import local_weights

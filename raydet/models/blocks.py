@@ -51,6 +51,27 @@ class Conv(nn.Module):
         return y
 
 
+class FrozenNorm(nn.Module):
+    """A batch norm whose weights and statistics are constants, in training mode too."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape [B, C, H, W]."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
 class DepthwiseConv(nn.Module):
     """A convolution of each channel by itself, then one of 1x1 over the channels."""
 
@@ -215,10 +236,12 @@ def fold_norms(model: nn.Module) -> None:
 
 def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
+    if isinstance(norm, FrozenNorm):
+        return plain
     return plain and isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | FrozenNorm) -> nn.Conv2d:
     """Return one convolution that does what a convolution and a norm in evaluation mode do."""
     assert norm.running_mean is not None
     assert norm.running_var is not None

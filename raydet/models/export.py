@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.models.family import Detector, Preprocessing
-from raydet.outputs import PPYOLOE, YOLOX, decoded_of
+from raydet.outputs import DFINE, PPYOLOE, YOLOX, decoded_of
 from raydet.postprocess import PostPrediction
 
 # Names of the outputs, by their form.
@@ -70,14 +70,17 @@ class Exported(nn.Module):
             top, where = flat.topk(callback.nms_top_k, dim=1)
             scores = torch.zeros_like(flat).scatter(1, where, top).reshape(scores.shape)
             best = scores.amax(2)
-        # Across classes NMS keeps no box twice: its best class is the one that stays.
-        classes = best[:, :, None] if callback.class_agnostic_nms else scores
-        kept = torch.ops.raydet.batched_nms(boxes, classes.transpose(1, 2), callback.iou, callback.conf)
-        image, label, point = kept[:, 0], kept[:, 1], kept[:, 2]
-        if several:
-            left = torch.zeros_like(scores).index_put((image, point, label), scores[image, point, label]).flatten(1)
+        if callback.has_nms:
+            # Across classes NMS keeps no box twice: its best class is the one that stays.
+            classes = best[:, :, None] if callback.class_agnostic_nms else scores
+            kept = torch.ops.raydet.batched_nms(boxes, classes.transpose(1, 2), callback.iou, callback.conf)
+            image, label, point = kept[:, 0], kept[:, 1], kept[:, 2]
+            if several:
+                left = torch.zeros_like(scores).index_put((image, point, label), scores[image, point, label]).flatten(1)
+            else:
+                left = torch.zeros_like(best).index_put((image, point), best[image, point])
         else:
-            left = torch.zeros_like(best).index_put((image, point), best[image, point])
+            left = scores.flatten(1) if several else best
         score, place = left.topk(min(callback.max_predictions, left.shape[1]), dim=1)
         found = score > 0
         point = place // scores.shape[2] if several else place
@@ -94,7 +97,7 @@ class Exported(nn.Module):
 def _dense(outputs: Any, callback: PostPrediction) -> tuple[Tensor, Tensor]:
     """Evaluation output → boxes [B, L, 4] xyxy and the scores [B, L, C] that the callback gives them."""
     decoded = decoded_of(outputs, callback.kind, type(callback).__name__)
-    if callback.kind == PPYOLOE:
+    if callback.kind in (PPYOLOE, DFINE):
         boxes, scores = decoded
         return boxes.float(), scores.float()
     rows = decoded.float()

@@ -128,6 +128,7 @@ class Adapter:
         renames: patterns and their replacements, applied in turn to each name.
         unused: a pattern of names that are no part of the model.
         convert: tensors whose values change too: our name → function.
+        only: what the names of the model's tensors begin with that the files hold; the others stay as they are.
     """
 
     source: str
@@ -136,6 +137,7 @@ class Adapter:
     renames: tuple[tuple[str, str], ...]
     unused: str | None = None
     convert: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    only: str = ""
 
     def knows(self, names: Mapping[str, Any]) -> bool:
         """Are these tensors under the names of this project and family?"""
@@ -171,6 +173,7 @@ class Family:
         adapters: projects whose checkpoints can be loaded.
         recipe: shipped recipe to begin with on a data set of one's own.
         fixed_size: is a model built for one image size?
+        has_queries: does a model take `num_queries`, and need no NMS?
         loss_arguments: what the losses must know of a model.
     """
 
@@ -182,4 +185,5 @@ class Family:
     adapters: tuple[Adapter, ...]
     recipe: str
     fixed_size: bool = False
+    has_queries: bool = False
     loss_arguments: Callable[[Any], dict[str, Any]] = _class_count

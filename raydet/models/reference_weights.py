@@ -30,6 +30,7 @@ _WHERE_TO_GET = (
 )
 
 # Where trainers keep the tensors in their files, the moving average first.
+_EMBEDDING = ".class_embed."  # in the name of a table with a row a class
 _KEYS = ("ema_net", "net", "model", "state_dict")
 
 
@@ -59,12 +60,14 @@ class Weights:
         source: project whose names the file had, for messages.
         licence: licence of the weights, as far as it is known.
         class_names: name of each class that the weights tell apart; None: unknown, no config.json is beside them.
+        only: see `Adapter`.
     """
 
     tensors: dict[str, Tensor]
     source: str
     licence: str
     class_names: tuple[str, ...] | None = None
+    only: str = ""
 
 
 def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collection[str]) -> Weights:
@@ -89,7 +92,7 @@ def read_weights(weights: str | Path, adapters: Sequence[Adapter], own: Collecti
         return Weights(tensors, "raydet", *_own_config(source))
     for adapter in adapters:
         if adapter.knows(tensors):
-            return Weights(adapter.translate(tensors), adapter.source, adapter.licence)
+            return Weights(adapter.translate(tensors), adapter.source, adapter.licence, only=adapter.only)
     if all(any(name.startswith(part) for name in tensors) for part in ("backbone.", "head.")):
         return Weights(tensors, "raydet", *_own_config(source))
     raise RaydetError(
@@ -126,10 +129,10 @@ def load_weights(
     given = {name: tensor for name, tensor in read.tensors.items() if not name.endswith("num_batches_tracked")}
     shapes = {name: (given[name].shape, own[name].shape) for name in own if name in given}
     differ = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    predictions = [name for name, (a, b) in shapes.items() if ".cls_preds." in name and a[1:] == b[1:]]
+    predictions = [name for name, (a, b) in shapes.items() if _of_classes(name) and a[1:] == b[1:]]
     replaced = [name for name in differ if name in predictions]
     wrong = [f"{name} {list(given[name].shape)}" for name in given if name not in own]
-    wrong += [f"{name} is missing" for name in own if name not in given]
+    wrong += [f"{name} is missing" for name in own if name not in given and name.startswith(read.only)]
     wrong += [f"{name} {list(a)} instead of {list(b)}" for name, (a, b) in differ.items() if name not in replaced]
     if wrong:
         raise RaydetError(
@@ -182,6 +185,11 @@ def other_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> st
     )
 
 
+def _of_classes(name: str) -> bool:
+    """Has a tensor of this name rows for the classes?"""
+    return ".cls_preds." in name or _EMBEDDING in name
+
+
 def _by_name(
     model: Detector, tensors: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]
 ) -> dict[str, Tensor] | None:
@@ -199,16 +207,20 @@ def _by_name(
     first = background or 0
     state, found = model.state_dict(), {}
     for name, tensor in tensors.items():
-        rows, rest = divmod(len(tensor), first + len(theirs))
+        after = 1 if _EMBEDDING in name else 0  # a row for no class at all
+        rows, rest = divmod(len(tensor) - after, first + len(theirs))
         if rest or (background is None and rows != 1):  # a head of one's own: which row is whose is not known
             return None
         shape = (-1, rows, *tensor.shape[1:])
-        given, mixed = tensor.reshape(shape), state[name].clone().reshape(shape)
+        given = tensor[: len(tensor) - after].reshape(shape)
+        whole = state[name].clone()
+        whole[len(whole) - after :] = tensor[len(tensor) - after :].to(whole)
+        mixed = whole[: len(whole) - after].reshape(shape)
         mixed[:first] = given[:first].to(mixed)
         for number, each in enumerate(ours):
             if each in theirs:
                 mixed[first + number] = given[first + theirs.index(each)].to(mixed)
-        found[name] = mixed.flatten(0, 1)
+        found[name] = whole
     return found
 
 
@@ -279,6 +291,9 @@ def _tensors(source: str, file: bytes) -> dict[str, Tensor]:
         reason = str(error).strip().partition("\n")[0]
         raise RaydetError(f"{source} is not a checkpoint that can be loaded safely: {reason}") from None
     if isinstance(content, Mapping):
+        average = content.get("ema")
+        if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
+            content = average["module"]
         content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise RaydetError(f"{source} holds no tensors by name")

@@ -17,6 +17,7 @@ from raydet.recipe.track import (
 )
 from raydet.recipe.training import (
     LOSSES,
+    DFineLoss,
     Eval,
     Model,
     OwnLoss,
@@ -33,6 +34,7 @@ from raydet.recipe.tune import Space, Tune
 __all__ = [
     "LOSSES",
     "Augment",
+    "DFineLoss",
     "Data",
     "DetectionVisualizationCallback",
     "Eval",

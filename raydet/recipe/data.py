@@ -113,7 +113,31 @@ class Augment(Section):
     shear: float = Field(0.0, ge=0, lt=90, description="largest shear of the affine transform, in degrees")
     mixup: float = Field(0.0, ge=0, le=1, description="probability of mixup: the mean of the image and another one")
     mixup_scale: Range = Field((0.5, 1.5), description="lowest and highest scale factor of the other image in mixup")
-    close_epochs: int = Field(0, ge=0, description="number of last epochs without mosaic, affine transform and mixup")
+    zoom_out: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a zoom-out: the image on a grey canvas of up to four times its sides; not for "
+        "images that are in a mosaic",
+    )
+    iou_crop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a crop that overlaps an object by a random share; not for images that are in a "
+        "mosaic",
+    )
+    photometric: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of each change of brightness, contrast, saturation, hue and order of the channels",
+    )
+    close_epochs: int = Field(
+        0,
+        ge=0,
+        description="number of last epochs without mosaic, affine transform, mixup, zoom_out, iou_crop and photometric",
+    )
     horizontal_flip: float = Field(0.5, ge=0, le=1, description="probability of a flip from left to right")
     vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of a flip from top to bottom")
     rotate90: float = Field(

@@ -16,7 +16,8 @@ class Model(Section):
 
     name: str = Field(
         "yolox_s",
-        description="detector: ssd_lite_mobilenet_v2, yolox_{n,t,s,m,l,x}, ppyoloe_{s,m,l,x} or yolo_nas_{s,m,l}; "
+        description="detector: ssd_lite_mobilenet_v2, yolox_{n,t,s,m,l,x}, ppyoloe_{s,m,l,x}, yolo_nas_{s,m,l} or "
+        "dfine_{n,s,m,l,x}; "
         "or a function of your own, package.module:function, which is called with num_classes and "
         "returns a raydet.models.Detector",
     )
@@ -24,7 +25,7 @@ class Model(Section):
     weights: str | None = Field(
         None,
         description="file or URI of weights to start from: a checkpoint of raydet, or a file with the names of "
-        "Megvii's YOLOX or of SuperGradients; null: random weights",
+        "Megvii's YOLOX, of SuperGradients or of D-FINE; null: random weights",
     )
 
 
@@ -101,6 +102,25 @@ class SSDLoss(Section):
     neg_pos_ratio: float = Field(3.0, ge=0, description="number of background boxes for each matched box")
 
 
+class DFineLoss(Section):
+    """The loss, and the arguments of its class."""
+
+    name: Literal["DFineLoss"] = Field("DFineLoss", description="loss of D-FINE")
+    classification: Literal["vfl", "mal"] = Field(
+        "vfl", description="classification term: vfl (varifocal loss) or mal (matchability-aware loss, of DEIM)"
+    )
+    vfl_weight: float = Field(1.0, ge=0, description="weight of the classification term")
+    bbox_weight: float = Field(5.0, ge=0, description="weight of the L1 term")
+    giou_weight: float = Field(2.0, ge=0, description="weight of the GIoU term")
+    fgl_weight: float = Field(0.15, ge=0, description="weight of the fine-grained localization loss")
+    ddf_weight: float = Field(1.5, ge=0, description="weight of the decoupled distillation focal loss")
+    mal_gamma: float = Field(1.5, gt=0, description="exponent of the IoU and of the score, with classification: mal")
+    mal_alpha: float | None = Field(
+        None, gt=0, description="factor on the term of the other classes, with classification: mal; null: 1"
+    )
+    giou_by_iou: bool = Field(False, description="multiply the GIoU term of a box by its IoU")
+
+
 class OwnLoss(Section):
     """The loss, yours, and the arguments of its class."""
 
@@ -112,7 +132,7 @@ class OwnLoss(Section):
 
 
 LOSSES: dict[str, type[Section]] = {
-    kind.__name__: kind for kind in (YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss)
+    kind.__name__: kind for kind in (YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss, DFineLoss)
 }
 
 
@@ -130,6 +150,7 @@ Loss = Annotated[
     | Annotated[YoloXDetectionLoss, Tag("YoloXDetectionLoss")]
     | Annotated[PPYoloELoss, Tag("PPYoloELoss")]
     | Annotated[SSDLoss, Tag("SSDLoss")]
+    | Annotated[DFineLoss, Tag("DFineLoss")]
     | Annotated[OwnLoss, Tag("OwnLoss")],
     Discriminator(
         loss_kind,
@@ -172,6 +193,8 @@ class Train(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay of all weights except biases and norms")
     decay_all: bool = Field(False, description="apply weight decay to biases and norms as well")
+    decay_backbone: bool = Field(False, description="apply weight decay to the biases and norms of the backbone")
+    decay_biases: bool = Field(False, description="apply weight decay to biases, except those of norms")
     clip_grad_norm: float | None = Field(
         None,
         gt=0,

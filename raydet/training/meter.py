@@ -141,7 +141,7 @@ def opening(job: Job, world: World, schedule: Schedule, state: Progress) -> Iter
     if settings.batch_size > job.train_images:
         yield f"a step takes {settings.batch_size} images, but there are {job.train_images}: lower train.batch_size"
     if settings.epochs <= recipe.augment.close_epochs:
-        yield "augment.close_epochs covers the whole run: it is without mosaic, affine and mixup"
+        yield "augment.close_epochs covers the whole run: it is without mosaic, affine, mixup and the like"
     if job.config.licence:
         yield f"weights: {recipe.model.weights}; licence: {job.config.licence}"
     if state.step:

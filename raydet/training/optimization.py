@@ -47,11 +47,16 @@ def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
         RaydetError: the recipe has learning rates of parts, but the model has no such parts.
     """
     factors = _factors(model, settings)
+    kinds = _NormBase | nn.LayerNorm
+    norms = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = settings.weight_decay if settings.decay_all or parameter.ndim > 1 else 0.0
-            groups.setdefault((factors.get(name.partition(".")[0], 1.0), decay), []).append(parameter)
+            part, _, last = name.partition(".")
+            decays = settings.decay_all or parameter.ndim > 1 or (settings.decay_backbone and part == "backbone")
+            decays |= settings.decay_biases and last.endswith("bias") and id(parameter) not in norms
+            decay = settings.weight_decay if decays else 0.0
+            groups.setdefault((factors.get(part, 1.0), decay), []).append(parameter)
     given = [{"params": group, "factor": factor, "weight_decay": decay} for (factor, decay), group in groups.items()]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(given, lr=settings.lr)

@@ -66,6 +66,8 @@ def make_job(
             # To measure prediction layers that nobody has trained would be a mistake.
             load_weights(model, _weights(recipe.model.weights, name), train_index is None, names)
     family = _family(model, recipe)
+    if family is not None and family.has_queries:
+        check_recipe_without_nms(recipe.eval, family)
     config = Config(
         model=name,
         class_names=names,
@@ -103,6 +105,20 @@ def _check_data(recipe: Recipe, train_index: Index, val_index: Index) -> None:
         raise RaydetError(
             "train.micro_batch_size: with loss.obj_loss_fix the terms of the loss have different divisors, so that "
             "parts of a batch cannot be added up; set one of the two to null or false"
+        )
+
+
+def check_recipe_without_nms(settings: Eval, family: Family) -> None:
+    """Check that a recipe sets nothing of NMS for a family that has none.
+
+    Raises:
+        RaydetError: it does; the message names the settings.
+    """
+    given = [key for key in ("iou", "nms_top_k", "class_agnostic") if getattr(settings, key) != getattr(Eval(), key)]
+    if given:
+        raise RaydetError(
+            f"{', '.join(f'eval.{key}' for key in given)}: {family.name} has no NMS, so that this changes nothing: "
+            "remove it; eval.score and eval.max_detections say what counts as a detection"
         )
 
 

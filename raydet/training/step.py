@@ -77,7 +77,8 @@ class Step:
         self._parallel = (
             DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if ranks > 1 else None
         )
-        self._network: Callable[[Tensor], object] = self._parallel or model
+        self._takes_targets = getattr(model, "takes_targets", False)
+        self._network: Callable[..., object] = self._parallel or model
         if settings.compile:
             self._network = torch.compile(self._network)
         self._settings, self._device, self._ranks = settings, device, ranks
@@ -164,14 +165,14 @@ class Step:
         sums: list[tuple[Tensor, Tensor]] = []
         kept: list[Any] = []
         broken = torch.zeros((), dtype=torch.bool, device=self._device)
+        if total is not None and len(parts) > 1 and total.criterion.has_divisors:
+            self._count(parts, prepare, total)
         for number, (pixels, boxes) in enumerate(parts, start=1):
             inputs, targets = prepare(
                 pixels.to(self._device, non_blocking=True), boxes.to(self._device, non_blocking=True)
             )
             with self._together(number == len(parts)):
-                half = self._precision != torch.float32
-                with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
-                    outputs = self._network(inputs)
+                outputs = self._forward(inputs, targets)
                 if keep_outputs:
                     kept.append(outputs)
                 for tensor in _tensors(outputs):
@@ -190,6 +191,22 @@ class Step:
         losses, each = zip(*sums, strict=True)
         nothing = torch.empty(0, device=self._device)
         return _Made(torch.stack(losses).sum(), torch.stack(each).sum(0), None, broken, nothing, tuple(kept))
+
+    def _forward(self, inputs: Tensor, targets: Tensor) -> object:
+        half = self._precision != torch.float32
+        with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
+            return self._network(inputs, targets) if self._takes_targets else self._network(inputs)
+
+    @torch.no_grad()
+    def _count(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare, total: PartialLoss) -> None:
+        """Show the loss all parts once; random numbers and the statistics of norms stay as they were."""
+        drawn = torch.get_rng_state()
+        for pixels, boxes in parts:
+            inputs, targets = prepare(pixels.to(self._device), boxes.to(self._device))
+            total.count(self._forward(inputs, targets), targets)
+        torch.set_rng_state(drawn)
+        for kind, buffers in self._buffers.items():
+            torch._foreach_copy_(buffers, self._kept[kind])
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(batch.images)

@@ -24,6 +24,7 @@ from raydet.data.index import Index
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
 from raydet.models.download import is_published
+from raydet.predict.predictor import post_prediction
 from raydet.recipe import Eval, Recipe
 from raydet.runs import checkpoint
 from raydet.runs.mirror import opened
@@ -32,7 +33,7 @@ from raydet.store import Store
 from raydet.training.job import Job
 from raydet.training.validation import PROGRESS_EVERY_S
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop, keep
-from raydet.tuning.thresholds import SPACE, Comparison, Search, Setting, groups
+from raydet.tuning.thresholds import OF_NMS, SPACE, Comparison, Search, Setting, groups
 
 PICTURE, TABLE = "tune_nms.png", "tune_nms.json"
 
@@ -128,9 +129,12 @@ def tune_nms(
         weights = local / checkpoint.WEIGHTS if local.is_dir() else local
         file = _candidates(source or weights, job, index, debug, device, verbose, say)
         candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
-        search = Search(candidates, objective, precision, seed, job.recipe.eval.max_dets)
+        has_nms = post_prediction(job.model, job.recipe.eval).has_nms
+        if not has_nms:
+            say(f"the model has no NMS: {', '.join(OF_NMS)} are left out of the search")
+        search = Search(candidates, objective, precision, seed, job.recipe.eval.max_dets, has_nms)
         default = Setting.of(job.recipe.eval)
-        work = groups(trials, default, seed)
+        work = groups(trials, default, seed, has_nms)
         count = sum(map(len, work))
         say(f"{count} settings, of {len(work)} NMS, on {len(search.halves['searched'])} of the {len(index)} images")
         began = time.monotonic()
@@ -275,7 +279,7 @@ def _write(tuned: Tuned, search: Search) -> None:
         "searched": [{"value": value, **asdict(setting)} for value, setting in tuned.values],
     }
     store.write(TABLE, (json.dumps(content, indent=1) + "\n").encode())
-    scores, ious = SPACE["score"], SPACE["iou"]
+    scores, ious = SPACE["score"], SPACE["iou"] if search.has_nms else (tuned.winner.iou,)
     rows = search.halves["searched"]
     surface = np.array(
         [[search.value(replace(tuned.winner, iou=iou, score=score), rows) for score in scores] for iou in ious]
@@ -293,7 +297,9 @@ def _write(tuned: Tuned, search: Search) -> None:
         axes.plot(scores.index(tuned.winner.score), ious.index(tuned.winner.iou), "o", mfc="none", mec="red", ms=30)
     others = {name: value for name, value in asdict(tuned.winner).items() if name not in ("score", "iou")}
     axes.set(
-        xlabel="score threshold", ylabel="IoU threshold of NMS", title=", ".join(f"{k} {v}" for k, v in others.items())
+        xlabel="score threshold",
+        ylabel="IoU threshold of NMS" if search.has_nms else "without NMS",
+        title=", ".join(f"{k} {v}" for k, v in others.items()),
     )
     figure.colorbar(image, label=f"{search.objective}, images searched on")
     picture = io.BytesIO()

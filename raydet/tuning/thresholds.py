@@ -18,7 +18,7 @@ import numpy.typing as npt
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import IOUS, MAIN_METRIC, MAX_DETS, RECALLS, objects
 from raydet.evaluation.matching import Floats, Matches, average_precision, counts, match, operating
-from raydet.postprocess import PostPrediction
+from raydet.postprocess import DFinePostPredictionCallback, PostPrediction
 from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet
 
 OBJECTIVES = (MAIN_METRIC, "mAP@0.50", "mAP@0.75", "F1@0.50")
@@ -31,6 +31,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "class_agnostic": (False, True),
 }
 _AFTER_NMS = ("score", "max_detections")  # a tenth of the work: each NMS is measured with several
+OF_NMS = ("iou", "nms_top_k", "class_agnostic")  # without meaning for a model that has no NMS
 _FOR_EACH_NMS = 4
 RESAMPLES = 300
 _CONFIDENCE = 0.95
@@ -86,6 +87,7 @@ class Search:
         precision: settings by which a smaller share of the detections is right at IoU 0.50 are worth nothing.
         seed: seed of the halves.
         max_dets: largest number of detections of each class in an image that count, best scores first.
+        has_nms: whether the detections of the model are what NMS leaves.
 
     Raises:
         RaydetError: there is no such objective, or a half has no objects.
@@ -98,11 +100,12 @@ class Search:
         precision: float | None = None,
         seed: int = 0,
         max_dets: int = MAX_DETS,
+        has_nms: bool = True,
     ):
         if objective not in OBJECTIVES:
             raise RaydetError(f"objective {objective}: it is one of {', '.join(OBJECTIVES)}")
         self.candidates, self.objective, self.precision, self.seed = candidates, objective, precision, seed
-        self.max_dets = max_dets
+        self.max_dets, self.has_nms = max_dets, has_nms
         self.classes = len(candidates.index.class_names)
         self.truth = objects(candidates.index)
         half = np.random.default_rng(seed).permutation(len(candidates)) < len(candidates) // 2
@@ -113,7 +116,7 @@ class Search:
         self._suppressed = lru_cache(maxsize=4)(self._suppress)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Search, (self.candidates, self.objective, self.precision, self.seed, self.max_dets)
+        return Search, (self.candidates, self.objective, self.precision, self.seed, self.max_dets, self.has_nms)
 
     def value(self, setting: Setting, rows: npt.NDArray[Any]) -> float:
         """Return the value of a setting on some images, rows of the index in ascending order."""
@@ -168,23 +171,33 @@ class Search:
         self, iou: float, nms_top_k: int, multi_label: bool, class_agnostic: bool
     ) -> tuple[Matches, npt.NDArray[Any]]:
         """Return the matches of all that NMS leaves, and the place of each among those of its image."""
-        callback = PostPrediction(FLOOR, iou, TOP_K, class_agnostic, multi_label, nms_top_k)
+        callback = (
+            PostPrediction(FLOOR, iou, TOP_K, class_agnostic, multi_label, nms_top_k)
+            if self.has_nms
+            else DFinePostPredictionCallback(FLOOR, TOP_K, multi_label)
+        )
         found, places = self.candidates.detect(callback)
         matches = match(self.truth, found, self.classes, IOUS, self.max_dets)
         return matches, places[matches.given]
 
 
-def groups(trials: int, default: Setting, seed: int) -> list[list[Setting]]:
-    """Return the default and others drawn from `SPACE`, no two the same: `trials` in all, those of one NMS together."""
+def groups(trials: int, default: Setting, seed: int, has_nms: bool = True) -> list[list[Setting]]:
+    """Return the default and others drawn from `SPACE`, no two the same: `trials` in all, those of one NMS together.
+
+    Without NMS what it is about stays as it is in the default.
+    """
     rng = np.random.default_rng(seed)
+    space = {
+        name: values if has_nms or name not in OF_NMS else (getattr(default, name),) for name, values in SPACE.items()
+    }
 
     def draw(names: Iterable[str]) -> dict[str, Any]:
-        return {name: SPACE[name][rng.integers(len(SPACE[name]))] for name in names}
+        return {name: space[name][rng.integers(len(space[name]))] for name in names}
 
     drawn = {default: None}
-    most = int(np.prod([len(values) for values in SPACE.values()]))
+    most = int(np.prod([len(values) for values in space.values()]))
     while len(drawn) < min(trials, most):
-        nms = draw(name for name in SPACE if name not in _AFTER_NMS)
+        nms = draw(name for name in space if name not in _AFTER_NMS)
         for _ in range(min(_FOR_EACH_NMS, trials - len(drawn))):
             drawn[Setting(**nms, **draw(_AFTER_NMS))] = None
     together: dict[tuple[Any, ...], list[Setting]] = {}

@@ -24,7 +24,7 @@ from raydet.runs.checkpoint import Config, Progress, pack, write
 from tests.command import raydet as command
 from tests.unit.test_postprocess import some_candidates
 
-FAMILIES = ["ssd_lite_mobilenet_v2", "yolox_n", "ppyoloe_s", "yolo_nas_s"]
+FAMILIES = ["ssd_lite_mobilenet_v2", "yolox_n", "ppyoloe_s", "yolo_nas_s", "dfine_n"]
 SIZE = 128
 CLASSES = 80
 PICTURES = 32
@@ -53,7 +53,7 @@ def made(folder, name, thresholds, num_classes=CLASSES, weights=None, bias=-2.0,
     if weights is None:
         model.train()(preprocessing(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)))
         for part, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and part.rpartition(".")[0].endswith("preds"):
+            if isinstance(module, nn.Conv2d | nn.Linear) and part.rpartition(".")[0].endswith("preds"):
                 nn.init.normal_(
                     module.weight, std=(0.1 if "reg" in part else 1) * spread / module.weight[0].numel() ** 0.5
                 )

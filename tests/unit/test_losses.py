@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raydet import models
-from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.losses import DFineLoss, PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.losses.base import PartialLoss
 from raydet.outputs import ssd_default_boxes
 
@@ -234,6 +234,8 @@ STEPS = [
     ("ppyoloe_s", PPYoloELoss, {"use_static_assigner": False, "use_varifocal_loss": False}),
     ("yolo_nas_s", PPYoloELoss, {"use_static_assigner": False}),
     ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
+    ("dfine_n", DFineLoss, {"classification": "vfl"}),
+    ("dfine_n", DFineLoss, {"classification": "mal"}),
 ]
 SIDE, LR = 64, 1e-5
 
@@ -315,7 +317,10 @@ def test_two_ranks_learn_what_one_learns_from_both_batches(two_ranks, number):
         torch.testing.assert_close(logged, components, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", STEPS, ids=lambda case: f"{case[0]}-{case[1].__name__}")
+# D-FINE's outputs have the layers before the images: see test_dfine.
+@pytest.mark.parametrize(
+    "case", [case for case in STEPS if case[1] is not DFineLoss], ids=lambda case: f"{case[0]}-{case[1].__name__}"
+)
 @pytest.mark.parametrize(
     ("images", "classes", "dtype"),
     [(0, 2, torch.float32), (2, 1, torch.float32), (1, 2, torch.bfloat16), (2, 2, torch.float16)],

@@ -38,7 +38,7 @@ def test_a_shipped_recipe_holds_only_what_differs_from_the_defaults(name):
 def test_every_model_has_a_recipe_and_every_family_one_for_small_data():
     expected = {f"coco2017_{model}" for family in FAMILIES for model in family.models}
     expected |= {family.recipe for family in FAMILIES}
-    assert set(shipped()) == expected | {"demo", "yolox_n_finetune", "bccd_yolox_n"}
+    assert set(shipped()) == expected | {"demo", "yolox_n_finetune", "bccd_yolox_n", "coco2017_dfine_s_deim"}
     for family in FAMILIES:
         names = {loss.__name__ for loss in family.losses}
         for name in [family.recipe, *(f"coco2017_{model}" for model in family.models)]:
@@ -168,7 +168,7 @@ def test_image_size_is_one_number_or_two(value):
         ("data.image_size=100", "data.image_size: Value error, each side must be a positive multiple of 32, not 100"),
         (
             "loss.name=Nothing",
-            "loss.name should be YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss or",
+            "loss.name should be YoloXFastDetectionLoss, YoloXDetectionLoss, PPYoloELoss, SSDLoss, DFineLoss or",
         ),
         ("loss.iou_wait=1", "loss.iou_wait: no such setting; did you mean loss.iou_weight?"),
         ("loss.name=nowhere:Loss", "loss.name: cannot import nowhere (ModuleNotFoundError: No module named 'nowhere')"),
