@@ -13,6 +13,7 @@ from raydet.errors import RaydetError, did_you_mean
 _MEGVII = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0"
 # SuperGradients' own host is gone. Other public projects fetch its files from here.
 _SUPER_GRADIENTS = "https://d2gjn4b69gu75n.cloudfront.net/models"
+_DFINE = "https://github.com/Peterande/storage/releases/download/dfinev1.0"
 _DECI = "non-commercial use only, no redistribution: Deci's licence for the YOLO-NAS weights it published"
 _NO_GRANT = "code Apache-2.0; no licence of the file is known: do not redistribute it"
 
@@ -61,6 +62,10 @@ def _yolo_nas(model: str, sha256: str, size: int | None, ap: float) -> Published
     return Published(model, f"{_SUPER_GRADIENTS}/{model}_coco.pth", sha256, size, _DECI, ap, "Deci, in FP16")
 
 
+def _dfine(model: str, ap: float) -> Published:
+    return Published(model, f"{_DFINE}/{model}_coco.pth", None, None, "Apache-2.0 (D-FINE)", ap, "its authors")
+
+
 PUBLISHED: dict[str, Published] = {
     row.model: row
     for row in (
@@ -99,6 +104,11 @@ PUBLISHED: dict[str, Published] = {
         _yolo_nas("yolo_nas_s", "c1b1d9148ab8ae5d5984699547e850955ff9efccaf568c67b3d605acb4bfe1cb", 76_688_335, 47.5),
         _yolo_nas("yolo_nas_m", "b194fc7fa196f76161c6356558bedf04fb99a62325a74a36a4bec3ca8ba48250", None, 51.55),
         _yolo_nas("yolo_nas_l", "91a06beaa1ce1a651d6691e3198061da996eafc8890503238dedacbd4c392a32", None, 52.22),
+        _dfine("dfine_n", 42.8),
+        _dfine("dfine_s", 48.5),
+        _dfine("dfine_m", 52.3),
+        _dfine("dfine_l", 54.0),
+        _dfine("dfine_x", 55.8),
         Published(
             "ssd_lite_mobilenet_v2",
             f"{_SUPER_GRADIENTS}/ssd_lite_mobilenet_v2_coco.pth",
