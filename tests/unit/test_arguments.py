@@ -197,6 +197,23 @@ CASES = {
         lambda n, t: (tensor(SIZES / 50, t)[None], tensor(SIZES / 100, t), (100, 100)),
     ),
     "outputs.encode_ssd": (outputs.encode_ssd, lambda n, t: (tensor(SIZES / 50, t), tensor(SIZES / 100, t))),
+    "outputs.distance_bins": (outputs.distance_bins, lambda n, t: (tensor([0.5], t), tensor([4.0], t), 9)),
+    "outputs.decode_corners": (
+        outputs.decode_corners,
+        lambda n, t: (
+            tensor(np.arange(3 * 4 * 9).reshape(3, 36) / 50, t),
+            tensor(SIZES / 100, t),
+            tensor(np.arange(9) - 4.0, t),
+            tensor([4.0], t),
+        ),
+    ),
+    "outputs.move_sides": (
+        outputs.move_sides,
+        lambda n, t: (tensor(SIZES / 100, t), tensor(SIZES / 50, t), tensor([4.0], t)),
+    ),
+    "outputs.full": (outputs.full, lambda n, t: (tensor(SIZES, t),)),
+    "outputs.logit": (outputs.logit, lambda n, t: (tensor(SIZES / 100, t),)),
+    "outputs.slots": (outputs.slots, lambda n, t: (torch.tensor([1, 0, 1, 0]),)),
     "matching.match": (
         lambda *given: matching.match(*given, CLASSES, coco.IOUS.copy()),
         lambda n, t: (some_boxes(n), some_boxes(n)),

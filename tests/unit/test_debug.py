@@ -153,7 +153,6 @@ def test_debugging_starts_over_beside_the_run_proper(demo):
         ("train.epochs=1", "overrides: 'train.epochs=1' is one text, not a list"),
         (["model.num_classes=3"], "model.num_classes is 3, but the data has 5 classes"),
         (["model.name=yolox_q"], "no model is named 'yolox_q'"),
-        (["model.weights=coco"], "licence"),
         (["scale.num_workers=3"], "train.batch_size 8 cannot be shared by scale.num_workers 3 equally"),
     ],
 )

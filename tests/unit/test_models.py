@@ -54,7 +54,8 @@ def test_parameters_as_published(name, counts):
 
 
 def test_all_models_are_known_by_name_and_family():
-    assert {name for family in models.FAMILIES for name in family.models} == set(PARAMETERS)
+    dfine = {f"dfine_{size}" for size in "nsmlx"}  # see tests/unit/test_dfine.py
+    assert {name for family in models.FAMILIES for name in family.models} == set(PARAMETERS) | dfine
     for name in SMALL:
         family = models.family_of(name)
         model = models.get(name, C)
@@ -310,6 +311,7 @@ def test_families_expect_what_their_references_do():
         "YOLOX": ("BGR", "pad_bottom_right", 1.0),
         "PP-YOLOE": ("BGR", "stretch", 58.395),
         "YOLO-NAS": ("RGB", "pad_centre", 255.0),
+        "D-FINE": ("RGB", "stretch", 255.0),
     }
     for family in models.FAMILIES:
         p = family.preprocessing
