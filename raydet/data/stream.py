@@ -246,11 +246,12 @@ class _EvalDealer(_Dealer):
         self._round, self._blocks = 0, iter(())
 
     def next(self, number: int) -> list[Any]:
-        """Return the next block in a list, an empty one at the end; another number begins anew."""
+        """Return the next block in a list, an empty one at the end; a higher number begins anew."""
         with self._lock:
-            if number != self._round:
+            if number > self._round:
                 self._round, self._blocks = number, self._execute()
-            return list(islice(self._blocks, 1))
+            # A rank that asks for an earlier round is late: another has seen the end of it.
+            return list(islice(self._blocks, 1)) if number == self._round else []
 
 
 def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table]:
