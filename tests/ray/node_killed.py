@@ -79,11 +79,13 @@ def main(recipe: str, *overrides: str) -> None:
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 1)
     seen["again"] = seen.pop("images/s")
+    # The workers start anew from the last checkpoint: one of the single worker's, or its steps are repeated by two.
+    wait_for("checkpoint: ", times=log.read_text().count("checkpoint: ") + 1)
     cluster.add_node(**node("train"))
     wait_for("resumed after step", times=2)
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 5)
-    records = {"filters": [("name", "=", "MapBatches(_make_blocks)")], "raise_on_missing_output": False}
+    records = {"filters": [("name", "=", "MapBatches(_make_block)")], "raise_on_missing_output": False}
     tasks = list_tasks(limit=10_000, detail=True, **records)
     workers = [actor for actor in list_actors(limit=10_000, detail=True) if actor.class_name == "RayTrainWorker"]
     labels = {node["NodeID"]: "data" if node["Labels"].get("raydet") == "data" else "train" for node in ray.nodes()}
