@@ -18,9 +18,12 @@ from raydet.errors import RaydetError
 from raydet.losses import DFineLoss
 from raydet.losses.base import PartialLoss
 from raydet.losses.hungarian import union
+from raydet.models.denoising import denoising_queries
 from raydet.models.dfine import FAMILY
 from raydet.outputs import DFineOutput, distance_bins, slots
+from raydet.predict.predictor import Predictor
 from raydet.recipe import Train, load
+from raydet.runs.checkpoint import Config
 from raydet.training.optimization import make_optimizer
 from raydet.training.prepare import check_recipe_without_nms
 from raydet.training.step import Step
@@ -177,7 +180,20 @@ def test_a_batch_without_objects_gives_every_weight_a_gradient():
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_noise_follows_the_seed():
+def test_noise_of_an_image_follows_its_seed_wherever_it_is():
+    """Images whose batch has images with more objects get padding that makes them alike."""
+    targets, seeds = some_targets([0, 1, 1, 2]), torch.tensor([7, -8, 9])
+    whole = denoising_queries(targets, seeds, CLASSES, QUERIES)
+    for first, last in pairwise((0, 1, 3)):
+        part = denoising_queries(targets_of(targets, first, last), seeds[first:last], CLASSES, QUERIES, most_objects=2)
+        assert torch.equal(part.labels, whole.labels[first:last])
+        assert torch.equal(part.boxes, whole.boxes[first:last])
+        assert torch.equal(part.blocked, whole.blocked)
+    other = denoising_queries(targets, seeds + 1, CLASSES, QUERIES)
+    assert (other.boxes != whole.boxes).any()
+
+
+def test_noise_without_seeds_follows_the_generator_of_torch():
     model, targets = models.get("dfine_n", CLASSES).train(), some_targets([0, 1])
     images, made = torch.rand(2, 3, SIDE, SIDE), []
     for seed in (0, 0, 1):
@@ -199,7 +215,8 @@ def test_micro_batches_make_finite_steps_that_leave_the_norms_of_the_counting_pa
         torch.optim.SGD(model.parameters(), 1e-4),
         Train(micro_batch_size=2),
         torch.device("cpu"),
-        1,
+        ranks=1,
+        seed=0,
     )
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     batch = Batch(images, some_targets([0, 0, 1, 3]), torch.arange(4), torch.arange(4))
@@ -322,6 +339,16 @@ def test_settings_of_nms_are_refused(override):
     with pytest.raises(RaydetError, match=f"{override.split('=')[0]}: D-FINE has no NMS"):
         check_recipe_without_nms(load("dfine_finetune", [override]).eval, FAMILY)
     check_recipe_without_nms(load("dfine_finetune").eval, FAMILY)
+
+
+def test_an_iou_threshold_is_refused():
+    model, preprocessing = models.get("dfine_n", CLASSES), FAMILY.preprocessing
+    config = Config("dfine_n", ("a", "b", "c"), (1, 2, 3), (SIDE, SIDE), preprocessing, load("dfine_finetune").eval)
+    predictor = Predictor(model, config, torch.device("cpu"))
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    predictor.predict(picture, conf=0.5)
+    with pytest.raises(RaydetError, match=r"iou: the model has no NMS, so that 0\.5 changes nothing: leave it out"):
+        predictor.predict(picture, iou=0.5)
 
 
 def test_the_search_for_thresholds_leaves_nms_out():
