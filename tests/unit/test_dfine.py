@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +28,8 @@ from raydet.runs.checkpoint import Config
 from raydet.training.optimization import make_optimizer
 from raydet.training.prepare import check_recipe_without_nms
 from raydet.training.step import Step
-from raydet.tuning.thresholds import OF_NMS, Setting, groups
+from raydet.tuning.nms import Tuned
+from raydet.tuning.thresholds import OF_NMS, Comparison, Setting, groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -357,6 +359,17 @@ def test_the_search_for_thresholds_leaves_nms_out():
     assert len(set(drawn)) == 48  # all there are: 12 scores, two limits, with or without several labels
     for name in OF_NMS:
         assert {getattr(setting, name) for setting in drawn} == {getattr(default, name)}
+
+
+def test_thresholds_that_were_found_are_not_refused_afterwards(tmp_path):
+    """A setting of the search has values for NMS too, which a recipe for D-FINE must not have."""
+    default = load("dfine_finetune").eval
+    winner = replace(Setting.of(default), score=0.3)
+    tuned = Tuned(default, winner, Comparison(0.1, 0.2, (0.1, 0.1, 0.1)), [], 1.0, tmp_path, has_nms=False)
+    check_recipe_without_nms(load("dfine_finetune", tuned.overrides).eval, FAMILY)
+    check_recipe_without_nms(default.model_copy(update=winner.chosen(has_nms=False)), FAMILY)
+    assert winner.chosen(has_nms=False) == {"score": 0.3, "max_detections": 300, "multi_label": True}
+    assert "iou" not in tuned.summary("mAP")[0]
 
 
 # Augmentations.
