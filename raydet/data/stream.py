@@ -229,6 +229,8 @@ class _Dealer:
         context.target_max_block_size = None  # the table of a task is one block
         context.execution_options.preserve_order = True
         context.execution_options.label_selector = tasks.nodes
+        if near:  # with SPREAD, Ray Data's own choice, tasks would wait for the node however busy it is
+            context.scheduling_strategy = "DEFAULT"
         context.custom_execution_callback_classes = [use_part_of_cluster(part, tasks.nodes)]
         context.execution_no_progress_timeout_s = -1  # a long validation pauses the training stream
         context.enable_progress_bars = False
