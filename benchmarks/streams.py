@@ -24,7 +24,7 @@ import pyarrow as pa
 from raydet.data.index import index_of_images
 from raydet.data.samples import Samples
 
-SIDE, CHUNK, NODE_CPUS = 32, 64, 4
+SIDE, CHUNK, NODE_CPUS = 32, 64, 2
 WARM = 0.3  # fraction of the steps that is not counted: processes start and import
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -95,8 +95,10 @@ class Reader:
         self._shared += 1
         return ray.get(self._board.read.remote(self._shared - 1))
 
-    def read(self, source: Sequence[Any], steps: int, batch_size: int, most: int | None) -> tuple[float, float, float]:
-        """Read a number of batches.
+    def read(
+        self, source: Sequence[Any], steps: int, batch_size: int, most: int | None, pace: float
+    ) -> tuple[float, float, float]:
+        """Read a number of batches, `pace` of them a second; 0: as fast as they come.
 
         Returns:
             When the counted steps began and ended, and which part of the samples was made on this node.
@@ -112,24 +114,27 @@ class Reader:
         for number, batch in enumerate(stream):
             if number == warm:
                 began = time.time()
+            if pace and number > warm:
+                time.sleep(max(0.0, began + (number - warm) / pace - time.time()))
             mine += int((batch.rows == here).sum()) * (number >= warm)
         return began, time.time(), mine / ((steps - warm) * batch_size)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run cost: `dealer_ms` is CPU time of the busiest dealer for a block of its own, `control` the CPUs that
-    Ray's control store used, `driver_mb` the memory of the driver."""
+    """What a run cost: `dealer` and `dealer_ms` are the CPUs of the busiest dealer, and its CPU time for a block of its
+    own, `control` the CPUs of Ray's control store, `driver_mb` the memory of the driver."""
 
     blocks_s: float
     at_home: float
+    dealer: float
     dealer_ms: float
     control: float
     driver_mb: float
 
 
-def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most: int | None) -> Result:
-    """Read a stretch with some ranks on each node, and a stream for `most` ranks."""
+def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most: int | None, pace: float) -> Result:
+    """Read a stretch with some ranks on each node, and a stream for `most` ranks; `pace` blocks a second and node."""
     import ray
 
     from raydet.data.shares import Share, divide, enough
@@ -156,7 +161,8 @@ def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        results = ray.get([each.read.remote([source], steps, batch_size, most) for each in readers])
+        batches_s = pace * CHUNK / (ranks * batch_size)
+        results = ray.get([each.read.remote([source], steps, batch_size, most, batches_s) for each in readers])
     finally:
         ended.set()
         watcher.join()
@@ -176,13 +182,20 @@ def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most:
     return Result(
         sum(blocks) / (stopped - began),
         sum(home for _, _, home in results) / len(results),
-        1e3 * max(dealers) / max(blocks),
-        control / (stopped - began),
+        max(dealers) / (during_s := seen_s(seen, began, stopped)),
+        1e3 * max(dealers) / max(blocks) * (stopped - began) / during_s,
+        control / during_s,
         int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
     )
 
 
 NAMES: dict[str, Any] = {"root": "/", "class_names": ["none"]}
+
+
+def seen_s(seen: Sequence[tuple[float, Any]], began: float, stopped: float) -> float:
+    """Return the seconds between the first and the last look at the processes while the steps were counted."""
+    times = [when for when, _ in seen if began <= when <= stopped]
+    return times[-1] - times[0]
 
 
 def cpu_times() -> dict[int, tuple[str, float]]:
@@ -208,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of nodes, ascending")
     parser.add_argument("--ranks", type=int, default=2, help="ranks a node (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images a rank and step (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=400, help="blocks of a stream (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=400, help="blocks of a node (default: %(default)s)")
+    parser.add_argument("--pace", type=float, default=0, help="blocks a second of a node; 0: as fast as they come")
     given = parser.parse_args(arguments)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -219,17 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     nodes: list[str] = []
     steps = given.blocks * CHUNK // (given.ranks * given.batch_size)
-    print("nodes ranks streams  blocks/s  made on the reader's node  dealer ms/block  control CPUs  driver MB")
+    print("nodes ranks streams  blocks/s  made on the reader's node  dealer CPUs  ms/block  control CPUs  driver MB")
     try:
         for count in given.nodes:
             while len(nodes) < count:
                 nodes.append(cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=2 * 10**8).node_id)
             cluster.wait_for_nodes()
             for most, streams in ((None, count), (count * given.ranks, 1))[: 1 + (count > 1)]:
-                found = measure(nodes, given.ranks, steps, given.batch_size, most)
+                found = measure(nodes, given.ranks, steps, given.batch_size, most, given.pace)
                 print(
                     f"{count:5} {count * given.ranks:5} {streams:7} {found.blocks_s:9.1f} {found.at_home:26.0%} "
-                    f"{found.dealer_ms:16.1f} {found.control:13.2f} {found.driver_mb:10.0f}",
+                    f"{found.dealer:12.3f} {found.dealer_ms:9.1f} {found.control:13.2f} {found.driver_mb:10.0f}",
                     flush=True,
                 )
     finally:

@@ -299,7 +299,7 @@ def _index_of_shards(index: Index, out: Store, parts: Sequence[_Part]) -> Index:
     if len(np.unique(rows)) != len(rows) or len(rows) + left_out != len(index):
         raise RuntimeError(f"{out.root}: {len(rows)} images in shards, {left_out} left out, of {len(index)}")
     order = np.argsort(rows)
-    table = index.take(rows[order]).table
+    table = index.table if len(rows) == len(index) else index.take(rows[order]).table
     places = {
         "shard": [number for number, part in enumerate(parts) for _ in part.rows],
         "offset": [offset for part in parts for offset in part.offsets],

@@ -215,22 +215,23 @@ class _Dealer:
         chunks = [pa.table({"chunk": [chunk]}) for chunk in share.chunks().tolist()]
         if not chunks:
             return
-        dataset = ray.data.from_blocks(chunks).map_batches(
+        # With SPREAD, Ray Data's own choice, tasks would wait for their node however busy it is. map_batches takes no
+        # strategy any more.
+        first = {"label_selector": {NODE_LABEL: near}, "fallback_strategy": [{"label_selector": {}}]}
+        where = {**first, "scheduling_strategy": "DEFAULT"} if near else {}
+        dataset = ray.data.from_blocks(chunks).map_batches_internal(
             _make_block,
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"source": source, "share": share},
             num_cpus=TASK_CPUS,
             compute=ray.data.TaskPoolStrategy(size=tasks.most),
-            label_selector=near and {NODE_LABEL: near},
-            fallback_strategy=near and [{"label_selector": {}}],
+            **where,
         )
         context = dataset.context
         context.target_max_block_size = None  # the table of a task is one block
         context.execution_options.preserve_order = True
         context.execution_options.label_selector = tasks.nodes
-        if near:  # with SPREAD, Ray Data's own choice, tasks would wait for the node however busy it is
-            context.scheduling_strategy = "DEFAULT"
         context.custom_execution_callback_classes = [use_part_of_cluster(part, tasks.nodes)]
         context.execution_no_progress_timeout_s = -1  # a long validation pauses the training stream
         context.enable_progress_bars = False
