@@ -25,7 +25,7 @@ def use_part_of_cluster(part: float, labels: dict[str, str] | None) -> type[Exec
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class PartOfCluster(ExecutionCallback):
+    class PartOfCluster(ExecutionCallback):  # type: ignore[misc]
         def before_execution_starts(self, executor: Any) -> None:
             # Ray Data has no public setting for this: its own limits on resources can only lower what it has divided.
             manager = executor._resource_manager
