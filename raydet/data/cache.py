@@ -89,7 +89,11 @@ def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
 
 
 def _write(file: Path, told: Problems, index: Index) -> None:
-    parts = [json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(), b"\n", index.save()]
+    parts: list[bytes | memoryview] = [
+        json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(),
+        b"\n",
+        index.save(),
+    ]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -74,17 +74,15 @@ class DataTasks:
 
 
 class Ranks(Protocol):
-    """What the stream must know of the worker group it feeds.
-
-    Attributes:
-        rank: rank of this process.
-        size: number of ranks.
-        nodes: Ray's name of the node that each rank is on.
-    """
+    """What the stream must know of the worker group it feeds."""
 
     rank: int
     size: int
-    nodes: Sequence[str]
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Ray's name of the node that each rank is on."""
+        ...
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank; all ranks call it at the same time."""
