@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from raydet.data.limits import use_part_of_cluster
 from raydet.data.probe import check_attempts
 from raydet.data.samples import Samples
 from raydet.data.shares import Share, divide, enough
@@ -207,6 +206,8 @@ class _Dealer:
     def _execute(self) -> Iterator[Any]:
         """Yield the reference to the block of each of the share's chunks."""
         import ray.data
+
+        from raydet.data.limits import use_part_of_cluster
 
         source, share, tasks, part, near = self._given
         # A block for each chunk, made here: ray.data.range would run a task for each, only to make its number.
