@@ -62,7 +62,7 @@ class DataTasks:
     """The Ray Data tasks of a stream.
 
     Attributes:
-        most: largest number of tasks at once; None: as many as Ray has CPUs for.
+        most: largest number of tasks at once, of all streams together; None: as many as Ray has CPUs for.
         nodes: labels of the nodes that run the tasks; None: any node, the ranks' own first.
         ranks: largest number of ranks that a stream feeds; None: see `raydet.data.shares.enough`.
     """
@@ -224,7 +224,7 @@ class _Dealer:
             batch_format="pyarrow",
             fn_kwargs={"source": source, "share": share},
             num_cpus=TASK_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=tasks.most),
+            compute=ray.data.TaskPoolStrategy(size=tasks.most and max(1, int(part * tasks.most))),
             **where,
         )
         context = dataset.context
