@@ -129,6 +129,13 @@ class OneRank:
 
     rank, size = 0, 1
 
+    @property
+    def nodes(self) -> list[str]:
+        """Return the name of this node."""
+        import ray
+
+        return [ray.get_runtime_context().get_node_id()]
+
     def share(self, value: Any) -> Any:
         """Return the value."""
         return value

@@ -143,25 +143,31 @@ class Store:
         Raises:
             RaydetError: there is no such folder.
         """
+        entries = sorted(self.each_file(folder, recursive=recursive, hidden=hidden))
+        return {name: (size, changed) for name, size, changed in entries}
+
+    def each_file(
+        self, folder: str = "", *, recursive: bool = False, hidden: bool = False
+    ) -> Iterator[tuple[str, int, int]]:
+        """Yield what `files` lists, in no order; a local folder of any size takes no memory.
+
+        Raises:
+            RaydetError: there is no such folder.
+        """
         if self.kind(folder) != "folder":
             raise RaydetError(f"{self.path(folder) if folder else self.root}: no such folder")
         if self._remote is not None:
             base = self._key(folder).rstrip("/") + "/"
             selector = pafs.FileSelector(base, recursive=recursive)
-            listed = self._retry(lambda: self._remote.get_file_info(selector), folder)
-            entries = [
-                (info.path.removeprefix(base), info.size, info.mtime_ns or 0)
-                for info in listed
-                if info.type == pafs.FileType.File
-            ]
-            entries = [entry for entry in entries if hidden or not is_hidden(entry[0])]
+            for info in self._retry(lambda: self._remote.get_file_info(selector), folder):
+                name = info.path.removeprefix(base)
+                if info.type == pafs.FileType.File and (hidden or not is_hidden(name)):
+                    yield name, info.size, info.mtime_ns or 0
         else:
-            entries = []
             for name, entry in self._walk(folder, recursive, hidden):
                 if os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
                     status = entry.stat()
-                    entries.append((name, status.st_size, status.st_mtime_ns))
-        return {name: (size, changed) for name, size, changed in sorted(entries)}
+                    yield name, status.st_size, status.st_mtime_ns
 
     def dead_links(self, folder: str = "") -> list[str]:
         """List the links in a folder and in those below it that lead nowhere, sorted."""
@@ -178,11 +184,7 @@ class Store:
         waiting: list[tuple[str, str, tuple[str, ...]]] = [("", real, ())]
         while waiting:
             below, real, holders = waiting.pop()
-            try:
-                listing = list(os.scandir(os.path.join(base, below)))
-            except OSError as error:
-                raise RaydetError(f"{os.path.join(base, below)}: cannot be read ({error.strerror})") from None
-            for entry in listing:
+            for entry in _scan(os.path.join(base, below)):
                 name = f"{below}/{entry.name}" if below else entry.name
                 if not hidden and is_hidden(entry.name):
                     continue
@@ -289,6 +291,14 @@ def _encoded(uri: str) -> str:
     scheme, _, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host}{slash}{quote(path)}{question}{query}"
+
+
+def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Yield what is in a local folder."""
+    try:
+        yield from os.scandir(folder)
+    except OSError as error:
+        raise RaydetError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
 def _is_in(path: str, folder: str) -> bool:

@@ -58,12 +58,20 @@ def _fingerprint(store: Store, reads: Iterable[str], settings: Any) -> str:
     for path in reads:
         kind = store.kind(path)
         if kind == "folder":
-            listings[path] = store.files(path, recursive=True, hidden=True), store.dead_links(path)
+            listings[path] = _digest(store.each_file(path, recursive=True, hidden=True)), store.dead_links(path)
         elif kind == "file":
             listings[path] = store.files(os.path.dirname(path), hidden=True)[os.path.basename(path)]
     # The code of this package stands for its version: it says more.
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(json.dumps([store.root, settings, listings]).encode() + code).hexdigest()
+
+
+def _digest(entries: Iterable[tuple[str, int, int]]) -> int:
+    """Digest a listing in any order, without keeping it: the sum of the entries' own digests."""
+    total = 0
+    for entry in entries:
+        total += int.from_bytes(hashlib.blake2b(repr(entry).encode(), digest_size=16).digest(), "big")
+    return total
 
 
 def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
@@ -81,7 +89,11 @@ def _read(file: Path) -> tuple[list[str], list[Notice], Index] | None:
 
 
 def _write(file: Path, told: Problems, index: Index) -> None:
-    parts = [json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(), b"\n", index.save()]
+    parts: list[bytes | memoryview] = [
+        json.dumps([told.messages, [asdict(notice) for notice in told.notices]]).encode(),
+        b"\n",
+        index.save(),
+    ]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -163,12 +163,12 @@ class Index:
             table = table.set_column(table.schema.get_field_index(name), name, column)
         return Index(table, self.root, names, [self.category_ids[label] for label in old])
 
-    def save(self) -> bytes:
+    def save(self) -> memoryview:
         """Return the index as a Parquet file, which `load` reads."""
         about = {"root": self.root, "class_names": self.class_names, "category_ids": self.category_ids}
         sink = pa.BufferOutputStream()
         pq.write_table(self.table.replace_schema_metadata({"raydet": json.dumps(about)}), sink, compression="zstd")
-        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+        return memoryview(sink.getvalue())  # of a large index, not another copy
 
     @staticmethod
     def load(content: bytes | memoryview, root: str | None = None) -> Index:

@@ -25,6 +25,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -86,10 +87,9 @@ class _Plan:
     shard_mb: float
     shards: int
 
-    def rows(self, number: int) -> list[int]:
-        """Rows of the index that are dealt to a shard, in its order."""
-        order = np.random.default_rng(self.seed).permutation(self.images)
-        return np.array_split(order, self.shards)[number].tolist()  # type: ignore[no-any-return]
+    def order(self) -> npt.NDArray[np.int64]:
+        """Return the rows of the index in the order in which they are dealt to the shards."""
+        return np.random.default_rng(self.seed).permutation(self.images)
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,13 @@ def ingest_index(
     waiting = [number for number in range(plan.shards) if number not in parts]
     if parts and waiting:
         say(f"{len(parts)} of {plan.shards} shards are done already")
-    job = _IngestJob(index, out, plan, known, problems.on_error, problems.max_errors)
+    sums = {number: known[number].crc32 for number in waiting if number in known}
+    job = _IngestJob(index, out, plan.shards, plan.order(), sums, problems.on_error, problems.max_errors)
     seen = written = 0
-    for number, part, is_new in _run(job, waiting):
+    for number, made in _run(job, waiting):
+        part = made or known[number]
         seen += part.size
-        written += part.size * is_new
+        written += made.size if made else 0
         parts[number] = part
         _report(part, problems)
         if time.monotonic() - said > SAY_EVERY_S and len(parts) < plan.shards:
@@ -297,7 +299,7 @@ def _index_of_shards(index: Index, out: Store, parts: Sequence[_Part]) -> Index:
     if len(np.unique(rows)) != len(rows) or len(rows) + left_out != len(index):
         raise RuntimeError(f"{out.root}: {len(rows)} images in shards, {left_out} left out, of {len(index)}")
     order = np.argsort(rows)
-    table = index.take(rows[order]).table
+    table = index.table if len(rows) == len(index) else index.take(rows[order]).table
     places = {
         "shard": [number for number, part in enumerate(parts) for _ in part.rows],
         "offset": [offset for part in parts for offset in part.offsets],
@@ -314,15 +316,15 @@ class _IngestJob:
 
     index: Index
     out: Store
-    plan: _Plan
-    known: Mapping[int, _Part]  # shards that were done before
+    shards: int
+    order: npt.NDArray[np.int64]  # in the tasks a view of the node's one copy
+    sums: Mapping[int, int]  # CRC-32 of shards that were done before
     on_error: OnError
     max_errors: int
 
     def is_whole(self, number: int) -> bool:
         """Read a shard that was done before: is it as it was?"""
-        known = self.known.get(number)
-        return known is not None and zlib.crc32(self.out.read(shard_name(number))) == known.crc32
+        return number in self.sums and zlib.crc32(self.out.read(shard_name(number))) == self.sums[number]
 
     def make(self, number: int) -> _Part:
         """Write a shard.
@@ -332,7 +334,7 @@ class _IngestJob:
         """
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
         problems = Problems(self.on_error, self.max_errors)
-        dealt = self.plan.rows(number)
+        dealt = np.array_split(self.order, self.shards)[number].tolist()
         failed = check_attempts(attempts_before(), f"shard {number}", dealt, self.index.read)
         rows, images = self._read(dealt, failed, problems)
         name, annotations = shard_name(number), self.index.take(np.array(rows, np.int64)).table.select(_ANNOTATIONS)
@@ -413,8 +415,8 @@ def _find(images: Sequence[bytes], content: bytes, path: str) -> list[int]:
     return offsets
 
 
-def _run(job: _IngestJob, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, bool]]:
-    """Make shards in Ray Data tasks, one each; yield number, what is in it, and whether it is new, as they are done."""
+def _run(job: _IngestJob, numbers: Sequence[int]) -> Iterator[tuple[int, _Part | None]]:
+    """Make shards in Ray Data tasks, one each; yield number and what is in it as they are done; None: it was whole."""
     import ray
     import ray.data
 
@@ -433,7 +435,7 @@ def _run(job: _IngestJob, numbers: Sequence[int]) -> Iterator[tuple[int, _Part, 
         for row in block.to_pylist():
             if row["error"]:
                 raise RaydetError(row["error"])
-            yield row["number"], _Part(**json.loads(row["part"])), row["is_new"]
+            yield row["number"], _Part(**json.loads(row["part"])) if row["part"] else None
 
 
 def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[pa.Table]:
@@ -442,10 +444,10 @@ def _make_shards(batch: pa.Table, job: Any, numbers: Sequence[int]) -> Iterator[
 
     work: _IngestJob = ray.get(job)
     for place in batch["id"].to_pylist():
-        number, is_new, part, message = numbers[place], False, "", ""
+        number, part, message = numbers[place], "", ""
         try:
-            is_new = not work.is_whole(number)
-            part = json.dumps(asdict(work.make(number) if is_new else work.known[number]))
+            if not work.is_whole(number):
+                part = json.dumps(asdict(work.make(number)))
         except RaydetError as error:  # Ray would add its own words to the message
             message = str(error)
-        yield pa.table({"number": [number], "is_new": [is_new], "part": [part], "error": [message]})
+        yield pa.table({"number": [number], "part": [part], "error": [message]})

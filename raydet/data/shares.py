@@ -7,14 +7,48 @@ consecutive too. Tasks make them by the chunk, so that a sample is the same whoe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.int64]
+
+
+def divide(nodes: Sequence[str], most: int) -> list[range]:
+    """Divide ranks among streams: those of a node have streams of their own, unless several nodes fit into one.
+
+    Args:
+        nodes: name of the node that each rank is on.
+        most: largest number of ranks that a stream feeds.
+
+    Returns:
+        The ranks of each stream, which are consecutive.
+    """
+    streams: list[range] = []
+    for _, group in groupby(range(len(nodes)), key=nodes.__getitem__):
+        ranks = list(group)
+        if streams and len(streams[-1]) + len(ranks) <= most:
+            streams[-1] = range(streams[-1].start, ranks[-1] + 1)
+        else:
+            parts = -(-len(ranks) // most)
+            edges = [ranks[0] + len(ranks) * part // parts for part in range(parts + 1)]
+            streams += [range(low, high) for low, high in pairwise(edges)]
+    return streams
+
+
+def enough(nodes: Sequence[str], batch_size: int, chunk_size: int) -> int:
+    """Return how many ranks a stream feeds by default: those of a node, or more where these take less than a chunk.
+
+    Args:
+        nodes: name of the node that each rank is on.
+        batch_size: number of positions of one rank in a step.
+        chunk_size: number of positions in a chunk.
+    """
+    largest = max(len(list(group)) for _, group in groupby(nodes))
+    return max(largest, -(-chunk_size // batch_size))
 
 
 @dataclass(frozen=True)

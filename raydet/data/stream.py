@@ -2,11 +2,15 @@
 
     Samples ──► chunks (Arrow tables, made in Ray Data tasks) ──► a dealer (an actor) ──► the ranks: Batch (torch)
 
-A Ray Data task makes a chunk as one table. A dealer executes the data set and gives each rank the tables that hold
-some of its positions; the rank takes its rows of them as views. So a block is a chunk, whatever a rank's batch is and
-wherever a run goes on: a block costs Ray some milliseconds whatever its size. `raydet.data.shares` says which positions
-are whose: global step k trains on positions k·G to (k + 1)·G, so where a run stands is one number, and a restart is a
-stream from that position, with as many ranks as there are then.
+A Ray Data task makes a chunk as one table. A dealer executes a data set and gives each of its ranks the tables that
+hold some of the rank's positions; the rank takes its rows of them as views. So a block is a chunk, whatever a rank's
+batch is and wherever a run goes on: a block costs Ray some milliseconds whatever its size. `raydet.data.shares` says
+which positions are whose: global step k trains on positions k·G to (k + 1)·G, so where a run stands is one number, and
+a restart is a stream from that position, with as many ranks as there are then.
+
+The ranks of each node have a stream: a dealer on their node, whose tasks run on the node's own CPUs as long as it has
+free ones. So what a dealer does grows with its own ranks only, and a pixel crosses the network only where a node lacks
+CPUs.
 
 The tasks import this module: torch, which would cost each of them seconds and 300 MB, is imported by the workers only.
 """
@@ -28,7 +32,7 @@ import pyarrow as pa
 
 from raydet.data.probe import check_attempts
 from raydet.data.samples import Samples
-from raydet.data.shares import Share
+from raydet.data.shares import Share, divide, enough
 from raydet.errors import user_error
 
 if TYPE_CHECKING:
@@ -40,13 +44,14 @@ logger = logging.getLogger(__name__)
 
 # Ray Data plans every task of an execution before the first runs: 2.6 s for 1,000 tasks, 30 s for 40,000.
 SEGMENT_CHUNKS = 2000
+NODE_LABEL = "ray.io/node-id"  # the label that Ray gives each node: its name
 # CPUs that a task reserves: less than it uses while it runs, as Ray takes up to 0.1 s to see that one has ended and to
 # start the next. On two cores three tasks make 40 % more samples than two.
 TASK_CPUS = 2 / 3
 # The next execution starts this long before the last batch of the one before: time to plan it on busy cores.
 NEXT_SEGMENT_LEAD_S = 30.0
-# Ray Data shares a cluster's CPUs equally among its executions. One whose process has died keeps its share until its
-# request expires, after three minutes by default: the stream that replaces it would starve on nodes with few CPUs.
+# Ray Data shares a cluster's memory equally among its executions. One whose process has died keeps its share until its
+# request expires, after three minutes by default: the stream that replaces it would have half.
 REQUESTS = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "3"}
 # Without a batch for this long, the log says what may be wrong; the wait goes on.
 STARVED_AFTER_S = 60.0
@@ -57,12 +62,14 @@ class DataTasks:
     """The Ray Data tasks of a stream.
 
     Attributes:
-        most: largest number of tasks at once; None: as many as Ray has CPUs for.
-        nodes: labels of the nodes that run the tasks; None: any node.
+        most: largest number of tasks at once, of all streams together; None: as many as Ray has CPUs for.
+        nodes: labels of the nodes that run the tasks; None: any node, the ranks' own first.
+        ranks: largest number of ranks that a stream feeds; None: see `raydet.data.shares.enough`.
     """
 
     most: int | None = None
     nodes: dict[str, str] | None = None
+    ranks: int | None = None
 
 
 class Ranks(Protocol):
@@ -70,6 +77,11 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Ray's name of the node that each rank is on."""
+        ...
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank; all ranks call it at the same time."""
@@ -100,23 +112,28 @@ def train_batches(
         pin_memory: put batches into pinned memory, for a GPU.
     """
     step = batch_size * ranks.size
-    span = max(1, SEGMENT_CHUNKS * samples.chunk_size // step) * step  # whole steps, or batches would be torn
+    streams = _streams(ranks, batch_size, samples, tasks)
+    chunks = SEGMENT_CHUNKS * len(streams)
+    span = max(1, chunks * samples.chunk_size // step) * step  # whole steps, or batches would be torn
     edges = [*range(start, stop, span), stop]
     segments = [
-        Share(low, high, batch_size, ranks.size, 0, ranks.size, samples.chunk_size) for low, high in pairwise(edges)
+        [Share(low, high, batch_size, ranks.size, fed.start, len(fed), samples.chunk_size) for fed in streams]
+        for low, high in pairwise(edges)
     ]
+    mine = _own(streams, ranks)
 
     def start_segment(number: int) -> _Prefetch | None:
         if number >= len(segments):
             return None
-        share = segments[number]
-        dealer = _share_dealer(ranks, _TrainDealer, source, share, tasks)
+        dealer = _share_dealer(ranks, streams, _TrainDealer, source, segments[number], tasks)
+        share = segments[number][mine]
         return _Prefetch(lambda: _read_share(dealer, share, ranks.rank, samples.image_size, pin_memory))
 
     current = following = None
     try:
         following = start_segment(0)
-        for number, segment in enumerate(segments):
+        for number, shares in enumerate(segments):
+            segment = shares[mine]
             current, following = following, None
             assert current is not None
             began = time.monotonic()
@@ -147,13 +164,19 @@ def eval_batches(
 ) -> Callable[[], Iterator[Batch]]:
     """Return what yields this rank's share of all images, each exactly once over the ranks; it can be called again.
 
-    Which rank gets an image is decided while they run: who is ready takes the next chunk.
+    Each stream has a fixed part of the images. Which of its ranks gets an image is decided while they run: who is ready
+    takes the next chunk.
 
     Arguments as in `train_batches`; batches at the end of a chunk may be smaller than `batch_size`.
     """
     from raydet.data.batch import to_batch
 
-    dealer = _share_dealer(ranks, _EvalDealer, source, len(samples.index), samples.chunk_size, tasks)
+    streams = _streams(ranks, batch_size, samples, tasks)
+    chunks = -(-len(samples.index) // samples.chunk_size)
+    edges = [chunks * edge // ranks.size * samples.chunk_size for edge in (*(fed.start for fed in streams), ranks.size)]
+    parts = [(low, min(high, len(samples.index))) for low, high in pairwise(edges)]
+    shares = [Share(low, high, max(1, high - low), 1, 0, 1, samples.chunk_size) for low, high in parts]
+    dealer = _share_dealer(ranks, streams, _EvalDealer, source, shares, tasks)
     rounds = count(1)
 
     def read(number: int) -> Iterator[Batch]:
@@ -171,31 +194,44 @@ class _Dealer:
         source: the samples in Ray's object store, in a list, as Ray would fetch a bare reference.
         share: the positions to make.
         tasks: the Ray Data tasks that make them.
+        part: fraction of the ranks that the stream feeds.
+        near: name of the node whose CPUs are to be used first; None: all nodes alike.
     """
 
-    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks):
+    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks, part: float, near: str | None):
         self._lock = threading.Lock()
-        self._given = source[0], share, tasks
+        self._given = source[0], share, tasks, part, near
         os.environ.update(REQUESTS)  # before Ray Data is imported, which reads them only then
 
     def _execute(self) -> Iterator[Any]:
         """Yield the reference to the block of each of the share's chunks."""
         import ray.data
 
-        source, share, tasks = self._given
-        chunks = len(share.chunks())
-        dataset = ray.data.range(chunks, override_num_blocks=chunks).map_batches(
+        from raydet.data.limits import use_part_of_cluster
+
+        source, share, tasks, part, near = self._given
+        # A block for each chunk, made here: ray.data.range would run a task for each, only to make its number.
+        chunks = [pa.table({"chunk": [chunk]}) for chunk in share.chunks().tolist()]
+        if not chunks:
+            return
+        # With SPREAD, Ray Data's own choice, tasks would wait for their node however busy it is. map_batches takes no
+        # strategy any more.
+        first = {"label_selector": {NODE_LABEL: near}, "fallback_strategy": [{"label_selector": {}}]}
+        where = {**first, "scheduling_strategy": "DEFAULT"} if near else {}
+        dataset = ray.data.from_blocks(chunks).map_batches_internal(
             _make_block,
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"source": source, "share": share},
             num_cpus=TASK_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=tasks.most),
+            compute=ray.data.TaskPoolStrategy(size=tasks.most and max(1, int(part * tasks.most))),
+            **where,
         )
         context = dataset.context
         context.target_max_block_size = None  # the table of a task is one block
         context.execution_options.preserve_order = True
         context.execution_options.label_selector = tasks.nodes
+        context.custom_execution_callback_classes = [use_part_of_cluster(part, tasks.nodes)]
         context.execution_no_progress_timeout_s = -1  # a long validation pauses the training stream
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -207,8 +243,8 @@ class _Dealer:
 class _TrainDealer(_Dealer):
     """Deals the blocks of a training: each to the ranks that get some of its positions. Arguments as of _Dealer."""
 
-    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks):
-        super().__init__(source, share, tasks)
+    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks, part: float, near: str | None):
+        super().__init__(source, share, tasks, part, near)
         chunks = share.chunks().tolist()
         self._takers = {chunk: len(share.takers(chunk)) for chunk in chunks}
         self._coming = zip(chunks, self._execute(), strict=True)
@@ -237,17 +273,10 @@ class _TrainDealer(_Dealer):
 
 
 class _EvalDealer(_Dealer):
-    """Deals the blocks of a validation: each to the rank that asks for the next.
+    """Deals the blocks of a validation: each to the rank that asks for the next. Arguments as of _Dealer."""
 
-    Args:
-        source: the samples in Ray's object store, in a list.
-        images: number of images.
-        chunk_size: number of images in a chunk.
-        tasks: the Ray Data tasks that make them.
-    """
-
-    def __init__(self, source: Sequence[Any], images: int, chunk_size: int, tasks: DataTasks):
-        super().__init__(source, Share(0, images, images, 1, 0, 1, chunk_size), tasks)
+    def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks, part: float, near: str | None):
+        super().__init__(source, share, tasks, part, near)
         self._round, self._blocks = 0, iter(())
 
     def next(self, number: int) -> list[Any]:
@@ -261,9 +290,9 @@ class _EvalDealer(_Dealer):
 
 def _make_block(batch: pa.Table, source: Any, share: Share) -> Iterator[pa.Table]:
     """Runs in a Ray Data task: makes the chunks whose numbers are in the batch."""
-    samples, chunks = _fetch(source), share.chunks().tolist()
-    for number in batch["id"].to_pylist():
-        positions: list[int] = share.positions(chunks[number]).tolist()
+    samples = _fetch(source)
+    for chunk in batch["chunk"].to_pylist():
+        positions: list[int] = share.positions(chunk).tolist()
         what = f"samples {positions[0]} to {positions[-1]}"
         rows = sorted(set(samples.chunk_rows(positions[0])))
         failed = check_attempts(attempts_before(), what, rows, samples.index.read)
@@ -294,18 +323,36 @@ def _fetch(source: Any) -> Samples:
 _fetched: dict[str, Samples] = {}
 
 
-def _share_dealer(ranks: Ranks, kind: type[_Dealer], source: Any, *given: Any) -> Any:
-    """Return the handle of a dealer that rank 0 makes, on every rank."""
+def _streams(ranks: Ranks, batch_size: int, samples: Samples, tasks: DataTasks) -> list[range]:
+    """Return the ranks that each stream feeds."""
+    return divide(ranks.nodes, tasks.ranks or enough(ranks.nodes, batch_size, samples.chunk_size))
+
+
+def _own(streams: Sequence[range], ranks: Ranks) -> int:
+    """Return the number of the stream that feeds this rank."""
+    return next(number for number, fed in enumerate(streams) if ranks.rank in fed)
+
+
+def _share_dealer(
+    ranks: Ranks, streams: Sequence[range], kind: type[_Dealer], source: Any, shares: Sequence[Share], tasks: DataTasks
+) -> Any:
+    """Return the handle of the dealer that feeds this rank; rank 0 makes those of all streams."""
     import ray
 
     made = None
     if ranks.rank == 0:
-        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        # A rank that waits for its next block keeps a thread of the dealer.
-        actor = ray.remote(num_cpus=0, max_concurrency=ranks.size + 1, label_selector=node)(kind)
+        dealers = []
+        for fed, share in zip(streams, shares, strict=True):
+            nodes = [ranks.nodes[rank] for rank in fed]
+            near = nodes[0] if tasks.nodes is None and len(set(nodes)) == 1 else None
+            # A rank that waits for its next block keeps a thread of the dealer.
+            place = {"max_concurrency": len(fed) + 1, "label_selector": {NODE_LABEL: nodes[0]}}
+            dealer = ray.remote(num_cpus=0, **place)(kind).remote([source], share, tasks, len(fed) / ranks.size, near)
+            dealers.append(ray.put(dealer))
         # By reference, as Ray Train's broadcast is for less than a kilobyte; in a list, as Ray would fetch a bare one.
-        made = [ray.put(actor.remote([source], *given))]
-    dealer = ray.get(ranks.share(made)[0])
+        # References to the handles, since a process hears of each actor whose handle it holds.
+        made = [ray.put(dealers)]
+    dealer = ray.get(ray.get(ranks.share(made)[0])[_own(streams, ranks)])
     ranks.share(None)  # rank 0 holds the reference until all have read it
     return dealer
 

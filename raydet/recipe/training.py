@@ -322,7 +322,13 @@ class Scale(Section):
     data_label: Label | None = Field(
         None,
         description="label of the nodes that run the data tasks, such as raydet=data, as given to ray start "
-        "--labels; null: any node",
+        "--labels; null: any node, those of the workers first",
+    )
+    workers_per_stream: int | None = Field(
+        None,
+        ge=1,
+        description="largest number of workers that a stream of samples feeds; null: the workers of a node, or of "
+        "several nodes where one trains on less than 64 images a step",
     )
     worker_resources: dict[str, Factor] = Field(
         {},

@@ -112,7 +112,7 @@ def _measure(
         samples,
         ray.get(samples),
         job.recipe.eval.batch_size,
-        _Alone(),
+        _Alone(ray.get_runtime_context().get_node_id()),
         tasks=data,
         pin_memory=device.type == "cuda",
     )
@@ -127,6 +127,9 @@ class _Alone:
     """The only rank of a validation that runs beside the training."""
 
     rank, size = 0, 1
+
+    def __init__(self, node: str):
+        self.nodes = (node,)
 
     def share(self, value: Any) -> Any:
         """See `raydet.data.stream.Ranks`."""

@@ -85,7 +85,7 @@ def on_ray(
                 for split, samples in zip(("train", "val"), streams, strict=True)
                 if samples is not None
             },
-            data=DataTasks(scale.data_tasks, label_selector(scale.data_label)),
+            data=DataTasks(scale.data_tasks, label_selector(scale.data_label), scale.workers_per_stream),
             resources=Resources(cpus, int(gpu), scale.worker_resources),
         )
         # Ray's notes on the run: of no use to another start, which goes on from the run's own checkpoints.

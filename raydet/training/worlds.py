@@ -110,6 +110,7 @@ class RayWorld:
         import ray
         import ray.train
         import ray.train.torch
+        import torch.distributed as dist
 
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
@@ -119,6 +120,8 @@ class RayWorld:
         self.handed = handed
         self._job = job
         self._samples: dict[str, Samples] = {split: ray.get(samples) for split, samples in handed.samples.items()}
+        self.nodes = [""] * self.size
+        dist.all_gather_object(self.nodes, ray.get_runtime_context().get_node_id())
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

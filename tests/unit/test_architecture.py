@@ -33,7 +33,7 @@ LAYERS = """
 LAYER = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
 # Who may import Ray: all others can be read, tested and debugged without it.
-RAY = ("data.stream", "data.shards", "cluster", "training.worlds", "training.on_ray", "training.beside")
+RAY = ("data.limits", "data.stream", "data.shards", "cluster", "training.worlds", "training.on_ray", "training.beside")
 RAY += ("predict.on_ray", "tuning")
 RAY_AT_THE_TOP = ("tuning",)
 

@@ -2,13 +2,14 @@
 
 import pytest
 
+from raydet.data.shares import Share
 from raydet.data.stream import DataTasks, _EvalDealer
 
 
 @pytest.fixture
 def dealer(monkeypatch):
     monkeypatch.setattr(_EvalDealer, "_execute", lambda self: iter("abc"))
-    return _EvalDealer(["samples"], images=3, chunk_size=1, tasks=DataTasks())
+    return _EvalDealer(["samples"], Share(0, 3, 3, 1, 0, 1, 1), DataTasks(), part=1, near=None)
 
 
 def test_a_round_ends_and_a_higher_number_begins_anew(dealer):

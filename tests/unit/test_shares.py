@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydet.data.shares import Share
+from raydet.data.shares import Share, divide, enough
 
 
 @st.composite
@@ -70,3 +70,70 @@ def test_two_nodes_make_few_chunks_twice(batch, each, start, twice):
     edges = 2 * steps - 1
     assert (counts == 2).sum() <= twice * edges
     assert counts.max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most", "streams"),
+    [
+        ("a", 8, [1]),
+        ("aaaabbbb", 4, [4, 4]),  # a stream for each node
+        ("aaaabbbb", 2, [2, 2, 2, 2]),
+        ("aaaaabbb", 3, [2, 3, 3]),  # parts of a node are as equal as can be
+        ("aaaabb", 4, [4, 2]),
+        ("abcdef", 4, [4, 2]),  # small nodes share one
+        ("aabbccdd", 4, [4, 4]),
+        ("aaaabbbb", 100, [8]),
+    ],
+)
+def test_the_ranks_of_a_node_have_streams_of_their_own_unless_several_nodes_fit_into_one(nodes, most, streams):
+    assert [len(fed) for fed in divide(nodes, most)] == streams
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 20))
+def test_each_rank_is_fed_by_one_stream_and_none_feeds_too_many(sizes, most):
+    nodes = [str(number) for number, size in enumerate(sizes) for _ in range(size)]
+    streams = divide(nodes, most)
+    assert [rank for fed in streams for rank in fed] == list(range(len(nodes)))
+    assert all(0 < len(fed) <= most for fed in streams)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "batch", "ranks"),
+    [
+        ("aaaaaaaabbbbbbbb", 16, 8),  # a node's ranks
+        ("aaab", 64, 3),  # the largest node's
+        ("abcd", 16, 4),  # four nodes take a chunk together
+        ("aabb", 20, 4),
+        ("a", 1, 64),
+    ],
+)
+def test_a_stream_feeds_a_node_or_enough_for_a_chunk(nodes, batch, ranks):
+    assert enough(nodes, batch, 64) == ranks
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.integers(1, 30),
+    st.integers(1, 70),
+    st.integers(0, 300),
+    st.data(),
+)
+def test_no_position_is_missed_or_made_twice_when_nodes_come_and_go(starts, batch, chunk, position, data):
+    """Each start has its own nodes, and goes on where the one before was cut off, with a batch of as many samples."""
+    begin, trained = position, []
+    for sizes in starts:
+        nodes = [str(number) for number, size in enumerate(sizes) for _ in range(size)]
+        most, steps = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+        stop = position + 2 * steps * batch * len(nodes)  # the start was to go further than it got
+        for number in range(steps):
+            for fed in divide(nodes, most):
+                share = Share(position, stop, batch, len(nodes), fed.start, len(fed), chunk)
+                for rank in fed:
+                    parts = [share.positions(each)[run] for each in share.chunks() for run in share.runs(each, rank)]
+                    got = np.concatenate(parts)[number * batch :][:batch]
+                    assert got.tolist() == share.batch(number, rank).tolist()
+                    trained += got.tolist()
+        position += steps * batch * len(nodes)
+    assert trained == list(range(begin, position)), "step by step, rank by rank: in order"
