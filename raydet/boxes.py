@@ -7,6 +7,7 @@ torch is not imported here: every Ray Data task loads this module, and torch wou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -42,6 +43,21 @@ def xyxy_to_xywh(boxes: AnyBoxes) -> AnyBoxes:
 def xywh_to_xyxy(boxes: AnyBoxes) -> AnyBoxes:
     """Convert [..., 4] COCO's left, top, width, height to corners."""
     return _join(boxes[..., :2], boxes[..., :2] + boxes[..., 2:])
+
+
+def coco_results(
+    image_ids: Iterable[int], category_ids: Iterable[int], xywh: npt.NDArray[Any], scores: npt.NDArray[Any]
+) -> list[dict[str, Any]]:
+    """Return detections as entries of COCO's results file.
+
+    Args:
+        image_ids: id of each detection's image.
+        category_ids: id of each detection's class.
+        xywh: float64 [n, 4] left, top, width, height in pixels of the images.
+        scores: float64 [n] scores.
+    """
+    columns = zip(image_ids, category_ids, xywh.tolist(), scores.tolist(), strict=True)
+    return [dict(zip(("image_id", "category_id", "bbox", "score"), row, strict=True)) for row in columns]
 
 
 def clip(boxes: npt.NDArray[Any], width: float, height: float) -> npt.NDArray[Any]:

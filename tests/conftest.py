@@ -11,6 +11,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
     RAY_DEDUP_LOGS="0",
+    RAY_worker_niceness="0",  # by default anything else that runs on the machine takes the workers' CPU
     RAYDET_CACHE=tempfile.mkdtemp(prefix="raydet-cache-"),
 )
 

@@ -14,6 +14,7 @@ The tasks import this module: torch, which would cost each of them seconds and 3
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -44,6 +45,9 @@ SEGMENT_CHUNKS = 2000
 TASK_CPUS = 2 / 3
 # The next execution starts this long before the last batch of the one before: time to plan it on busy cores.
 NEXT_SEGMENT_LEAD_S = 30.0
+# Ray Data shares a cluster's CPUs equally among its executions. One whose process has died keeps its share until its
+# request expires, after three minutes by default: the stream that replaces it would starve on nodes with few CPUs.
+REQUESTS = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "3"}
 # Without a batch for this long, the log says what may be wrong; the wait goes on.
 STARVED_AFTER_S = 60.0
 
@@ -172,6 +176,7 @@ class _Dealer:
     def __init__(self, source: Sequence[Any], share: Share, tasks: DataTasks):
         self._lock = threading.Lock()
         self._given = source[0], share, tasks
+        os.environ.update(REQUESTS)  # before Ray Data is imported, which reads them only then
 
     def _execute(self) -> Iterator[Any]:
         """Yield the reference to the block of each of the share's chunks."""

@@ -16,7 +16,7 @@ import hotcoco
 import numpy as np
 import numpy.typing as npt
 
-from raydet.boxes import xywh_to_xyxy, xyxy_to_xywh
+from raydet.boxes import coco_results, xywh_to_xyxy, xyxy_to_xywh
 from raydet.errors import RaydetError
 from raydet.evaluation.matching import BoxTable, Floats, Matching, interpolated, operating
 
@@ -148,12 +148,9 @@ class CocoEvaluation:
     def results(self) -> list[dict[str, Any]]:
         """Return the detections as COCO's results, with the image and category ids of the data set."""
         found = self._in_ids(self.found)
-        columns = (found.image, np.asarray(self._index.category_ids)[found.label], found.xywh, found.score)
-        keys = ("image_id", "category_id", "bbox", "score")
-        return [
-            dict(zip(keys, row, strict=True))
-            for row in zip(*(np.asarray(part).tolist() for part in columns), strict=True)
-        ]
+        categories = np.asarray(self._index.category_ids)[found.label]
+        assert found.score is not None
+        return coco_results(found.image.tolist(), categories.tolist(), found.xywh, found.score)
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name.

@@ -23,13 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydet.boxes import xyxy_to_xywh
+from raydet.boxes import coco_results, xyxy_to_xywh
 from raydet.data.header import MAX_PIXELS
 from raydet.data.probe import check_attempts
 from raydet.data.problems import Problems
@@ -38,7 +40,6 @@ from raydet.errors import RaydetError, user_error
 from raydet.store import Store, read_parquet
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from torch import nn
 
@@ -396,25 +397,15 @@ def _finish(job: _PredictJob, parts: int, form: str) -> int:
             if row["error"] is not None:
                 errors.append({"file": row["file"], "error": row["error"]})
             elif form == "coco":
-                results += _to_coco(row, int(stems[place]) if is_numbered else place + 1, job.config.category_ids)
+                image_id = int(stems[place]) if is_numbered else place + 1
+                categories = (job.config.category_ids[label] for label in row["labels"])
+                boxes, scores = np.array(row["boxes"], np.float64).reshape(-1, 4), np.array(row["scores"], np.float64)
+                found = coco_results(
+                    repeat(image_id, len(boxes)), categories, xyxy_to_xywh(boxes).round(3), scores.round(5)
+                )
+                results += [{**entry, "file_name": row["file"]} for entry in found]
     if errors:
         job.out.write(ERRORS, json.dumps(errors, indent=1).encode())
     if form == "coco":
         job.out.write(RESULTS, json.dumps(results).encode())
     return len(errors)
-
-
-def _to_coco(row: dict[str, Any], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    import numpy as np
-
-    boxes = xyxy_to_xywh(np.array(row["boxes"], np.float64).reshape(-1, 4)).tolist()
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": [round(value, 3) for value in box],
-            "score": round(score, 5),
-            "file_name": row["file"],
-        }
-        for label, box, score in zip(row["labels"], boxes, row["scores"], strict=True)
-    ]

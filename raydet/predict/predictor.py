@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from torch import nn
 
-from raydet.boxes import place, xyxy_to_xywh
+from raydet.boxes import coco_results, place, xyxy_to_xywh
 from raydet.data.header import MAX_PIXELS
 from raydet.data.render import letterbox
 from raydet.devices import pick_device
@@ -98,17 +98,10 @@ class Detections:
         if image_id is None:
             stem = Path(self.picture.name).stem
             image_id = int(stem) if stem.isdecimal() else 0
-        return [
-            {
-                "image_id": image_id,
-                "category_id": self.config.category_ids[label],
-                "bbox": [round(value, 3) for value in box],
-                "score": round(score, 5),
-            }
-            for label, box, score in zip(
-                self.labels.tolist(), xyxy_to_xywh(self.boxes).tolist(), self.scores.tolist(), strict=True
-            )
-        ]
+        # Coordinates to a thousandth of a pixel: what is beyond is noise, and fills the file.
+        boxes, scores = (np.asarray(part, np.float64) for part in (xyxy_to_xywh(self.boxes), self.scores))
+        categories = (self.config.category_ids[label] for label in self.labels)
+        return coco_results(repeat(image_id, len(self)), categories, boxes.round(3), scores.round(5))
 
 
 class Found(list[Detections]):

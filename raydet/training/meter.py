@@ -122,7 +122,7 @@ def opening(job: Job, world: World, schedule: Schedule, state: Progress) -> Iter
     batch = job.batch_size(world.size)
     each, most = batch // world.size, settings.micro_batch_size
     yield (
-        f"{settings.epochs} epochs, {job.total_steps} steps of {batch} images: "
+        f"{settings.epochs} epochs, {job.steps_left(0, batch)} steps of {batch} images: "
         f"{world.size} worker(s) on {world.device.type}"
         f"{f', {-(-each // most)} parts of up to {most} images a step' if most and most < each else ''}"
     )

@@ -28,6 +28,7 @@ from ray.util.state import list_actors, list_tasks
 import raydet
 from raydet.recipe import load
 from raydet.runs.folder import STOP, run_folder
+from raydet.training import on_ray
 
 # How soon a cluster sees that a node is gone; by default it takes half a minute.
 DETECTION = {
@@ -39,6 +40,7 @@ DETECTION = {
 
 
 def main(recipe: str, *overrides: str) -> None:
+    on_ray._RESIZE_EVERY_S = 5.0  # by default it takes half a minute until a new node is noticed
     log = run_folder(load(recipe, overrides)) / "log.txt"
     began = time.monotonic()
     seen: dict[str, float] = {}
@@ -79,11 +81,13 @@ def main(recipe: str, *overrides: str) -> None:
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 1)
     seen["again"] = seen.pop("images/s")
+    # The workers start anew from the last checkpoint: one of the single worker's, or its steps are repeated by two.
+    wait_for("checkpoint: ", times=log.read_text().count("checkpoint: ") + 1)
     cluster.add_node(**node("train"))
     wait_for("resumed after step", times=2)
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 5)
-    records = {"filters": [("name", "=", "MapBatches(_make_blocks)")], "raise_on_missing_output": False}
+    records = {"filters": [("name", "=", "MapBatches(_make_block)")], "raise_on_missing_output": False}
     tasks = list_tasks(limit=10_000, detail=True, **records)
     workers = [actor for actor in list_actors(limit=10_000, detail=True) if actor.class_name == "RayTrainWorker"]
     labels = {node["NodeID"]: "data" if node["Labels"].get("raydet") == "data" else "train" for node in ray.nodes()}

@@ -10,9 +10,9 @@ PROGRAM = """
 import sys, time
 import ray
 from raydet.data.formats import load_index
+from raydet.data.pipeline import train_samples, val_samples
 from raydet.data.stream import eval_batches, train_batches
 from raydet.recipe import load
-from raydet.training.prepare import train_samples, val_samples
 
 class Alone:
     rank, size = 0, 1
