@@ -164,7 +164,13 @@ class CocoEvaluation:
         """
         truth = self.truth
         check_truth(truth, len(self._rows))
-        matching = Matching(truth, self.found, len(self._index.class_names), IOUS, self.max_dets)
+        found = self.found
+        numbers = self._index.image_ids[found.image]
+        if (
+            np.diff(numbers) < 0
+        ).any():  # of equal scores the COCO API takes the lower id first
+            found = found[np.argsort(numbers, kind="stable")]
+        matching = Matching(truth, found, len(self._index.class_names), IOUS, self.max_dets)
         averages = accumulate(matching, self.max_dets)
         metrics = twelve(averages, self.max_dets) | {
             f"AP@0.50:0.95_{self._index.class_names[label]}": value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,23 +119,18 @@ class Matching:
         by_group = _order(found.image[given])  # by image and class, best first
         group = found.image[given[by_group]].astype(np.int64) * num_classes + found.label[given[by_group]]
         rank = _rank_in_group(group)
-        if (kept := rank < top_k).all():
-            ranks = np.empty_like(rank)
-            ranks[by_group] = rank
-        else:
-            counted = np.zeros(len(given), bool)
-            counted[by_group[kept]] = True
-            ranks = np.empty_like(rank)
-            ranks[by_group] = rank
+        ranks = np.empty_like(rank)
+        ranks[by_group] = rank
+        if not (kept := rank < top_k).all():
+            counted = ranks < top_k
             given, ranks = given[counted], ranks[counted]
             by_group, group = (counted.cumsum() - 1)[by_group[kept]], group[kept]
         self._group_of_truth = truth.image.astype(np.int64) * num_classes + truth.label
         detection, object_, overlap = self._near(found, given[by_group], group)
         # Pairs of a detection and an object; then the detections that have some, and which of them each pair has.
         by_class = _order(by_group[detection])
-        detection, self._object, self._overlap = (
-            column[by_class] for column in (by_group[detection], object_, overlap)
-        )
+        detection = by_group[detection][by_class]
+        self._object, self._overlap = object_[by_class], overlap[by_class]
         self._near_one = detection[begins := _begins(detection)]
         self._chooser = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(detection)))
         self._taken = self._choose(np.arange(len(detection)), self._crowd)
@@ -366,7 +362,7 @@ def interpolated(
     return np.where(matches.objects[:, None] > 0, highest, np.nan)
 
 
-def _sums(values: Floats | Ints | Bools) -> Floats | Ints:
+def _sums(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the sums of the first 0, 1, … n values."""
     sums = np.zeros(len(values) + 1, np.result_type(values, int))
     np.cumsum(values, out=sums[1:])
