@@ -44,6 +44,43 @@ def resized(image: Image, factor: float, interpolation: int) -> Image:
     return cv2.resize(image, size, interpolation=interpolation)  # type: ignore[return-value]
 
 
+def text_size(text: str, scale: float) -> tuple[int, int, int]:
+    """Return width, height above the baseline and depth below it of a line of text, in pixels.
+
+    Args:
+        text: a line.
+        scale: size, as OpenCV has it: capitals are 22 pixels high at 1.
+    """
+    if not text.isascii():
+        from raydet import lettering
+
+        return lettering.text_size(text, scale)
+    (width, height), below = cv2.getTextSize(text, _FONT, scale, 1)
+    return width, height, below
+
+
+def write_text(
+    image: Image, text: str, x: int, baseline: int, scale: float, ink: tuple[int, int, int], paper: tuple[int, int, int]
+) -> None:
+    """Write a line of text on an image.
+
+    Args:
+        image: uint8 [H, W, 3] BGR, which is changed.
+        text: a line.
+        x: left end of the text, in pixels.
+        baseline: row of the image on which the letters stand.
+        scale: size, see `text_size`.
+        ink: colour of the letters, BGR.
+        paper: colour of the image where the text is written, BGR.
+    """
+    if text.isascii():
+        cv2.putText(image, text, (x, baseline), _FONT, scale, ink, 1, cv2.LINE_AA)
+        return
+    from raydet import lettering
+
+    lettering.write_text(image, text, x, baseline, scale, ink, paper)
+
+
 def draw_boxes(
     image: Image,
     boxes: Array,
@@ -75,14 +112,14 @@ def draw_boxes(
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
         text = prefix + class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")
-        (text_width, text_height), below = cv2.getTextSize(text, _FONT, size, 1)
+        text_width, text_height, below = text_size(text, size)
         # Above the box, or inside where there is no room; never beyond the picture.
         x = max(0, min(left, width - text_width - 2))
         y = top if top >= text_height + below else min(max(top, 0) + text_height + below, height)
         cv2.rectangle(image, (x, y - text_height - below), (x + text_width + 2, y), colour, -1)
         bright = 0.114 * colour[0] + 0.587 * colour[1] + 0.299 * colour[2] > 140
         ink = (0, 0, 0) if bright else (255, 255, 255)
-        cv2.putText(image, text, (x + 1, y - below + 1), _FONT, size, ink, 1, cv2.LINE_AA)
+        write_text(image, text, x + 1, y - below + 1, size, ink, colour)
     return image
 
 
@@ -202,11 +239,11 @@ def _caption(text: str, width: int) -> Image:
     """Return a line of text, cut where there is no room for it."""
     line = np.full((_CAPTION, width, 3), 255, np.uint8)
     shown = text
-    while shown and cv2.getTextSize(shown, _FONT, 0.45, 1)[0][0] > width - 4:
+    while shown and text_size(shown, 0.45)[0] > width - 4:
         shown = shown[:-4] + "..." if shown.endswith("...") else shown[:-3] + "..."
         if shown == "...":
             break
-    cv2.putText(line, shown, (2, _CAPTION - 7), _FONT, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
+    write_text(line, shown, 2, _CAPTION - 7, 0.45, (40, 40, 40), (255, 255, 255))
     return line
 
 

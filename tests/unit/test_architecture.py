@@ -16,7 +16,7 @@ from raydet.recipe import Recipe
 LAYERS = """
     errors
     boxes outputs plugins store devices yaml_text
-    losses models postprocess visualization metrics evaluation
+    losses models postprocess lettering visualization metrics evaluation
     recipe cluster
     data
     runs
