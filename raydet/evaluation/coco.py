@@ -166,9 +166,7 @@ class CocoEvaluation:
         check_truth(truth, len(self._rows))
         found = self.found
         numbers = self._index.image_ids[found.image]
-        if (
-            np.diff(numbers) < 0
-        ).any():  # of equal scores the COCO API takes the lower id first
+        if (np.diff(numbers) < 0).any():  # of equal scores the COCO API takes the lower id first
             found = found[np.argsort(numbers, kind="stable")]
         matching = Matching(truth, found, len(self._index.class_names), IOUS, self.max_dets)
         averages = accumulate(matching, self.max_dets)
