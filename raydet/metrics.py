@@ -13,8 +13,19 @@ from torch import Tensor
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.errors import RaydetError
-from raydet.evaluation.coco import BEST_THRESHOLD, RECALLS, check_truth, class_means, coco_eval, detected, twelve
-from raydet.evaluation.matching import BoxTable, match, operating
+from raydet.evaluation.coco import (
+    AREAS,
+    BEST_THRESHOLD,
+    IOUS,
+    MAX_DETS,
+    RECALLS,
+    accumulate,
+    check_truth,
+    class_means,
+    detected,
+    twelve,
+)
+from raydet.evaluation.matching import BoxTable, Matching, interpolated, operating
 
 
 class DetectionMetrics:
@@ -183,11 +194,16 @@ class DetectionMetrics:
         truth = BoxTable(truth.image, truth.label, truth.xywh, crowd=truth.score > 0)
         found = detected(np.concatenate(self._found))
         check_truth(truth, self._images)
-        given = (range(self._images), range(1, self.num_cls + 1), self.class_names, truth, found)
-        standard = coco_eval(*given)
-        is_standard = self.at == "0.50:0.95" and np.array_equal(self.recalls, RECALLS) and self.top_k_predictions == 100
-        averages = class_means(standard if is_standard else coco_eval(*given, parameters=self._parameters))
-        matches = match(truth, found, self.num_cls, self.ious, self.top_k_predictions)
+        coco = Matching(truth, found, self.num_cls, IOUS)
+        standard = accumulate(coco)
+        is_coco = np.array_equal(self.ious, IOUS) and self.top_k_predictions == MAX_DETS
+        matching = coco if is_coco else Matching(truth, found, self.num_cls, self.ious, self.top_k_predictions)
+        precision = standard.precision[..., 0]
+        if not is_coco or not np.array_equal(self.recalls, RECALLS):
+            of_all, wrong_before = matching.of_size(*AREAS["all"])
+            precision = interpolated(of_all, self.recalls, wrong_before=wrong_before).transpose(0, 2, 1)
+        averages = class_means(precision)
+        matches = matching.matches
         point = operating(matches, np.array([self.score_thres]))
         metrics = {
             f"Precision@{self.at}": float(np.nanmean(point.precision)),
@@ -209,12 +225,6 @@ class DetectionMetrics:
                     for label, name in enumerate(self.class_names)
                 }
         return twelve(standard) | metrics
-
-    def _parameters(self, parameters: Any) -> None:
-        parameters.iou_thrs = self.ious.tolist()
-        parameters.rec_thrs = self.recalls.tolist()
-        parameters.max_dets = [self.top_k_predictions]
-        parameters.area_rng, parameters.area_rng_lbl = [[0, 1e10]], ["all"]
 
 
 class DetectionMetrics_050(DetectionMetrics):

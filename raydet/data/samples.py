@@ -78,21 +78,33 @@ class Samples:
         high = low + self.chunk_size if self.shuffle else min(low + self.chunk_size, len(self.index))
         return self.rows(low, high).tolist()  # type: ignore[no-any-return]
 
-    def plan(self, position: int, rows: Sequence[int], broken: frozenset[int] = frozenset()) -> SamplePlan:
+    def plan(
+        self,
+        position: int,
+        rows: Sequence[int],
+        broken: frozenset[int] = frozenset(),
+        images: dict[int, SamplePlan] | None = None,
+    ) -> SamplePlan:
         """Decide what a sample shows.
 
         Args:
             position: position of the sample.
             rows: rows of the images of its chunk, by position.
             broken: rows whose images cannot be read; each gives way to the next.
+            images: whole images by row, which a mosaic needs again and again; those that are missing are added.
         """
+        known = {} if images is None else images
 
         def image(slot: int) -> SamplePlan:
-            row = next(row for row in (*rows[slot:], *rows[:slot]) if row not in broken)
-            objects, (width, height) = self.index.annotations(row), self.index.size(row)
-            boxes = clip(objects.boxes, width, height)
-            seen = ~objects.crowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
-            return SamplePlan.of(row, width, height, boxes[seen], objects.labels[seen])
+            row = rows[slot]
+            if row in broken:
+                row = next(row for row in (*rows[slot:], *rows[:slot]) if row not in broken)
+            if row not in known:
+                objects, (width, height) = self.index.annotations(row), self.index.size(row)
+                boxes = clip(objects.boxes, width, height)
+                seen = ~objects.crowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
+                known[row] = SamplePlan.of(row, width, height, boxes[seen], objects.labels[seen])
+            return known[row]
 
         rng = np.random.default_rng((self.seed, _SAMPLE, position))
         shown = [position % self.chunk_size]
@@ -125,7 +137,8 @@ class Samples:
         cv2.setNumThreads(0)  # tasks run side by side: one thread each
         rows, low = self.chunk_rows(positions[0]), positions[0] // self.chunk_size * self.chunk_size
         # The whole chunk is planned, whatever part of it is asked for: how an image is decoded depends on all its uses.
-        pictures = [self.plan(position, rows) for position in range(low, low + len(rows))]
+        images: dict[int, SamplePlan] = {}
+        pictures = [self.plan(position, rows, images=images) for position in range(low, low + len(rows))]
         sources = SourceImages(self.index, pictures, [pictures[position - low] for position in positions])
         sources.failed |= {row: f"{self.index.path(row)}: {reason}" for row, reason in (failed or {}).items()}
         renderer = Renderer(self.image_size)
@@ -133,13 +146,13 @@ class Samples:
         try:
             for first in range(0, len(positions), size):
                 block = np.array(positions[first : first + size])
-                images = np.empty((len(block), *self.image_size, 3), np.uint8)
+                pixels = np.empty((len(block), *self.image_size, 3), np.uint8)
                 samples, errors = [], []
-                for position, out in zip(block.tolist(), images, strict=True):
+                for position, out in zip(block.tolist(), pixels, strict=True):
                     samples.append(self._sample(position, pictures[position - low], rows, sources, renderer, out))
                     errors.append(list(sources.failed.values())[told:])
                     told = len(sources.failed)
-                yield _table(block, np.array(rows)[block - low], images, samples, errors)
+                yield _table(block, np.array(rows)[block - low], pixels, samples, errors)
         finally:
             sources.close()
 

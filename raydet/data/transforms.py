@@ -27,6 +27,7 @@ Row = tuple[float, float, float]
 Matrix = tuple[Row, Row]  # an affine map: x' = m[0] · (x, y, 1), y' = m[1] · (x, y, 1)
 
 PAD_VALUE = 114  # grey, the padding that YOLOX was trained with
+_STRIP = 64  # rows of pixels whose colours change at a time
 MIN_BOX_SIDE = 1.0  # pixels; what is thinner after all transforms is no object to learn from
 
 
@@ -280,13 +281,25 @@ class ShiftHSV:
         # OpenCV's addition saturates, which hue must not: it wraps in the way back from 8 bits, so that it only must
         # stay within 0 … 255. With blue and red swapped hue runs backwards, and a fall becomes a rise.
         swap = self.hue < 0
-        hsv: Any = cv2.cvtColor(image, cv2.COLOR_RGB2HSV if swap else cv2.COLOR_BGR2HSV)
-        rows = hsv.reshape(len(hsv), -1)
-        row = np.tile(np.array((abs(self.hue), self.saturation, self.value)), hsv.shape[1])
-        for change, apply in ((row.clip(min=0), cv2.add), ((-row).clip(min=0), cv2.subtract)):
-            if change.any():  # an image of changes is added three times faster than a number a channel
-                apply(rows, np.repeat(change.astype(np.uint8)[None], len(rows), axis=0), dst=rows)
-        cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB if swap else cv2.COLOR_HSV2BGR, dst=out)
+        to, back = (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB) if swap else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
+        height, width = image.shape[:2]
+        # By the strip, which stays in the processor's cache: twice as fast. An image of changes is added three times
+        # faster than a number a channel.
+        strip = np.empty((min(height, _STRIP), width, 3), np.uint8)
+        row = np.tile(np.array((abs(self.hue), self.saturation, self.value)), width)
+        changes = [
+            (np.repeat(change.astype(np.uint8)[None], len(strip), axis=0), apply)
+            for change, apply in ((row.clip(min=0), cv2.add), ((-row).clip(min=0), cv2.subtract))
+            if change.any()
+        ]
+        for top in range(0, height, _STRIP):
+            part = slice(top, top + _STRIP)
+            hsv = strip[: height - top]
+            cv2.cvtColor(image[part], to, dst=hsv)
+            rows = hsv.reshape(len(hsv), -1)
+            for change, apply in changes:
+                apply(rows, change[: len(rows)], dst=rows)
+            cv2.cvtColor(hsv, back, dst=out[part])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How good the detections of a data set are: COCO's numbers, over hotcoco, and the true precision and recall.
+"""How good the detections of a data set are: COCO's numbers, and the true precision and recall.
 
 Detections are collected as they come, on every rank; what was found by all is measured once. torch is not imported
 here, so that commands that only read a run's numbers start at once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from raydet.boxes import coco_results, xywh_to_xyxy, xyxy_to_xywh
 from raydet.errors import RaydetError
-from raydet.evaluation.matching import BoxTable, match, operating
+from raydet.evaluation.matching import BoxTable, Floats, Matching, interpolated, operating
 
 if TYPE_CHECKING:
     from raydet.data.index import Index
@@ -30,7 +30,8 @@ BEST_THRESHOLD = "Best_score_threshold"
 
 MAX_DETS = 100  # COCO's: the best so many detections of each class in an image count
 
-_AREAS = ("all", "small", "medium", "large")
+# Areas of objects in pixels², smallest and largest.
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 
 
 def twelve_names(max_dets: int = MAX_DETS) -> dict[str, tuple[str, float | None, str, int]]:
@@ -123,14 +124,26 @@ class CocoEvaluation:
 
     def coco(self) -> Any:
         """Return hotcoco's COCOeval, evaluated and accumulated, with the image and category ids of the data set."""
-        return coco_eval(
-            self._index.image_ids[sorted(self._rows)],
-            self._index.category_ids,
-            self._index.class_names,
-            self._in_ids(self.truth),
-            self._in_ids(self.found),
-            lambda parameters: setattr(parameters, "max_dets", [1, 10, self.max_dets]),
+        truth, found = (self._in_ids(boxes) for boxes in (self.truth, self.found))
+        assert truth.crowd is not None
+        assert found.score is not None
+        names = self._index.class_names
+        categories = np.asarray(self._index.category_ids)
+        expected = hotcoco.COCO.from_arrays(
+            [{"id": int(number)} for number in self._index.image_ids[sorted(self._rows)]],
+            [{"id": number, "name": name} for number, name in zip(self._index.category_ids, names, strict=True)],
+            truth.image,
+            categories[truth.label],
+            truth.xywh,
+            area=truth.area,
+            iscrowd=truth.crowd.astype(int),
         )
+        results = expected.load_res(np.column_stack((found.image, found.xywh, found.score, categories[found.label])))
+        evaluation = hotcoco.COCOeval(expected, results, "bbox")
+        evaluation.params.max_dets = [1, 10, self.max_dets]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        return evaluation
 
     def results(self) -> list[dict[str, Any]]:
         """Return the detections as COCO's results, with the image and category ids of the data set."""
@@ -151,12 +164,17 @@ class CocoEvaluation:
         """
         truth = self.truth
         check_truth(truth, len(self._rows))
-        evaluation = self.coco()
-        metrics = twelve(evaluation, self.max_dets) | {
-            f"AP@0.50:0.95_{self._index.class_names[label]}": value for label, value in class_means(evaluation).items()
+        found = self.found
+        numbers = self._index.image_ids[found.image]
+        if (np.diff(numbers) < 0).any():  # of equal scores the COCO API takes the lower id first
+            found = found[np.argsort(numbers, kind="stable")]
+        matching = Matching(truth, found, len(self._index.class_names), IOUS, self.max_dets)
+        averages = accumulate(matching, self.max_dets)
+        metrics = twelve(averages, self.max_dets) | {
+            f"AP@0.50:0.95_{self._index.class_names[label]}": value
+            for label, value in class_means(averages.precision[..., 0]).items()
         }
-        matches = match(truth, self.found, len(self._index.class_names), np.array([0.5]), self.max_dets)
-        at = operating(matches, RECALLS)
+        at = operating(matching.matches.at(slice(0, 1)), RECALLS)
         means = [np.nanmean(values, axis=(0, 1)) for values in (at.precision, at.recall, at.f1)]
         best = int(means[2].argmax())
         point = [*(float(values[best]) for values in means), float(RECALLS[best])]
@@ -222,48 +240,35 @@ def objects(index: Index, rows: npt.NDArray[np.integer] | None = None) -> BoxTab
 
 def detected(rows: npt.NDArray[np.floating]) -> BoxTable:
     """Return detections [n, 7]: image, x1, y1, x2, y2, score, class; by image, in each in their order."""
-    rows = rows[np.argsort(rows[:, 0], kind="stable")].astype(np.float64)
+    if (np.diff(rows[:, 0]) < 0).any():
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    rows = rows.astype(np.float64, copy=False)
     return BoxTable(rows[:, 0].astype(int), rows[:, 6].astype(int), xyxy_to_xywh(rows[:, 1:5]), score=rows[:, 5])
 
 
-def coco_eval(
-    images: Sequence[int] | npt.NDArray[np.integer],
-    category_ids: Sequence[int],
-    class_names: Sequence[str],
-    truth: BoxTable,
-    found: BoxTable,
-    parameters: Callable[[Any], None] | None = None,
-) -> Any:
-    """Return hotcoco's COCOeval, evaluated and accumulated.
+class Averages(NamedTuple):
+    """What COCO's twelve numbers are means of; nan for classes without objects of the size.
 
-    Args:
-        images: ids of all images.
-        category_ids: category id of each class.
-        class_names: name of each class.
-        truth: objects; their images are given by id.
-        found: detections; their images are given by id.
-        parameters: function that changes hotcoco's parameters.
+    Attributes:
+        precision: [T, R, C, areas] interpolated precision, of the largest number of detections.
+        recall: [T, C, areas, 3] recall of the best 1, 10 and the largest number of detections.
     """
-    categories = np.asarray(category_ids)
-    crowd = np.zeros(len(truth), int) if truth.crowd is None else truth.crowd.astype(int)
-    area = truth.xywh[:, 2] * truth.xywh[:, 3] if truth.area is None else truth.area
-    expected = hotcoco.COCO.from_arrays(
-        [{"id": int(number)} for number in images],
-        [{"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)],
-        truth.image,
-        categories[truth.label],
-        truth.xywh,
-        area=area,
-        iscrowd=crowd,
-    )
-    assert found.score is not None
-    results = expected.load_res(np.column_stack((found.image, found.xywh, found.score, categories[found.label])))
-    evaluation = hotcoco.COCOeval(expected, results, "bbox")
-    if parameters is not None:
-        parameters(evaluation.params)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
+
+    precision: Floats
+    recall: Floats
+
+
+def accumulate(matching: Matching, max_dets: int = MAX_DETS) -> Averages:
+    """Return what COCO's numbers are means of; `max_dets` is that of the matching."""
+    precision, recall = [], []
+    for limits in AREAS.values():
+        matches, wrong_before = matching.of_size(*limits)
+        precision.append(interpolated(matches, RECALLS, wrong_before=wrong_before).transpose(0, 2, 1))
+        objects = np.where(matches.objects > 0, matches.objects, np.nan)
+        cell = 3 * matches.label + (matches.rank >= 1) + (matches.rank >= 10)
+        found = np.stack([np.bincount(cell[right], minlength=3 * len(objects)) for right in matches.right])
+        recall.append(found.reshape(len(IOUS), len(objects), 3).cumsum(axis=2) / objects[:, None])
+    return Averages(np.stack(precision, axis=3), np.stack(recall, axis=2))
 
 
 def check_truth(truth: BoxTable, images: int) -> None:
@@ -274,29 +279,22 @@ def check_truth(truth: BoxTable, images: int) -> None:
         )
 
 
-def twelve(evaluation: Any, max_dets: int = MAX_DETS) -> dict[str, float]:
-    """Return COCO's twelve numbers, those that there are objects for; `max_dets` is that of the evaluation."""
-    found = evaluation.eval
-    arrays = {
-        "precision": np.asarray(found["precision"]),  # [IoU, recall, class, area, detections]
-        "recall": np.asarray(found["recall"]),  # [IoU, class, area, detections]
-    }
+def twelve(averages: Averages, max_dets: int = MAX_DETS) -> dict[str, float]:
+    """Return COCO's twelve numbers, those that there are objects for; `max_dets` is that of the averages."""
     metrics = {}
     for name, (what, iou, area, place) in twelve_names(max_dets).items():
-        values = arrays[what][..., _AREAS.index(area), place]
+        size = list(AREAS).index(area)
+        values = averages.precision[..., size] if what == "precision" else averages.recall[:, :, size, place]
         values = values if iou is None else values[np.isclose(IOUS, iou)]
-        if (values > -1).any():  # -1: no ground truth
-            metrics[name] = float(values[values > -1].mean())
+        if (known := ~np.isnan(values)).any():
+            metrics[name] = float(values[known].mean())
     return metrics
 
 
-def class_means(evaluation: Any) -> dict[int, float]:
-    """Return the mean precision of each label that there are objects of, of all sizes."""
-    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+def class_means(precision: Floats) -> dict[int, float]:
+    """Return the mean of the interpolated precision [T, R, C] of each label that there are objects of."""
     return {
-        label: float(precision[:, :, label].mean())
-        for label in range(precision.shape[2])
-        if (precision[:, :, label] > -1).all()
+        label: float(precision[:, :, label].mean()) for label in np.flatnonzero(~np.isnan(precision[0, 0])).tolist()
     }
 
 

@@ -4,7 +4,6 @@ they compute with, which are not copied on the way."""
 import copy
 import inspect
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,8 +54,8 @@ def detections(kind):
     return [np.column_stack((CORNERS, SCORES, LABELS)).astype(kind), np.empty((0, 6), kind)]
 
 
-def coco_of(boxes_of_both):
-    return coco.coco_eval((0, 1), (1, 2, 3), ("a", "b", "c"), boxes_of_both, boxes_of_both)
+def averages(boxes_of_both):
+    return coco.accumulate(matching.Matching(boxes_of_both, boxes_of_both, CLASSES, coco.IOUS.copy()))
 
 
 def evaluate(found):
@@ -219,6 +218,10 @@ CASES = {
         lambda n, t: (some_boxes(n), some_boxes(n)),
     ),
     "matching.counts": (matching.counts, lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n))),
+    "matching.interpolated": (
+        matching.interpolated,
+        lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n)),
+    ),
     "matching.average_precision": (
         matching.average_precision,
         lambda n, t: (some_matches(n), coco.RECALLS.astype(n), np.ones(4, n)),
@@ -237,15 +240,10 @@ CASES = {
     "coco.CocoEvaluation": (evaluate, lambda n, t: (detections(n),)),
     "coco.objects": (coco.objects, lambda n, t: (some_index(), np.array([0, 1]))),
     "coco.detected": (coco.detected, lambda n, t: (np.column_stack((IMAGES, *detections(n)[0].T)),)),
-    "coco.coco_eval": (coco_of, lambda n, t: (some_boxes(n),)),
+    "coco.accumulate": (averages, lambda n, t: (some_boxes(n),)),
     "coco.check_truth": (coco.check_truth, lambda n, t: (some_boxes(n), 2)),
-    **{
-        f"coco.{name}": (
-            getattr(coco, name),
-            lambda n, t: (SimpleNamespace(eval=dict(coco_of(some_boxes(n)).eval, params=None)),),
-        )
-        for name in ("twelve", "class_means")
-    },
+    "coco.twelve": (coco.twelve, lambda n, t: (averages(some_boxes(n)),)),
+    "coco.class_means": (coco.class_means, lambda n, t: (averages(some_boxes(n)).precision[..., 0],)),
     **{
         f"metrics.DetectionMetrics.update {units}": (
             update,

@@ -321,7 +321,8 @@ def plain_average_precision(matches, weights):
         hits, misses = (np.cumsum(which * weights[mine]) for which in (right, ~(right | ignored)))
         precision = np.maximum.accumulate((hits / (hits + misses + np.spacing(1)))[::-1])[::-1]
         place = np.searchsorted(hits / matches.objects[label], RECALLS, side="left")
-        found[level, label] = precision[place[place < mine.sum()]].sum() / len(RECALLS)
+        at_recalls = np.concatenate((precision, [0]))[np.minimum(place, mine.sum())]
+        found[level, label] = at_recalls.sum() / len(RECALLS)
     return found
 
 
