@@ -152,7 +152,7 @@ def batch_predict(
     import ray
     import ray.data
 
-    from raydet.cluster import check_kept, connect
+    from raydet.cluster import alive_nodes, check_kept, check_seen, connect
     from raydet.predict.predictor import shown_score, with_thresholds
     from raydet.recipe import Scale
     from raydet.runs import checkpoint as checkpoints
@@ -200,6 +200,9 @@ def batch_predict(
         with ExitStack() as stack:
             if connect(Scale(), verbose):
                 stack.callback(ray.shutdown)
+            nodes = alive_nodes()
+            check_seen("SOURCE", images.root, nodes, job.files[0])
+            check_seen("OUT", target.root, nodes, MANIFEST)
             done = _run(job, waiting, actors, known, say)
     failed = _finish(job, len(parts), form)
     return BatchPredicted(len(listed), failed, done, time.monotonic() - began, target.root)
