@@ -267,8 +267,9 @@ class Store:
         """
         if self.kind(folder) != "folder":
             return
-        if self._remote is not None:
-            self._retry(lambda: self._remote.delete_dir(self._key(folder)), folder)
+        if self._remote is not None:  # one by one: not every server can delete many at once
+            for name in self.files(folder, recursive=True, hidden=True):
+                self.delete(f"{folder}/{name}" if folder else name)
             return
         path = self.path(folder) if folder else self._base
         try:

@@ -40,7 +40,7 @@ class Mirror:
     Args:
         folder: folder on this machine.
         address: address of the folder in the store; None: there is none, and nothing to do.
-        ignored: names at the top of the folder that are not brought to the store.
+        ignored: names at the top of the folder that are neither brought to the store nor here.
     """
 
     def __init__(self, folder: Path, address: str | None, ignored: tuple[str, ...] = ()):
@@ -59,7 +59,7 @@ class Mirror:
             return
         for name, (size, changed) in self.store.files(recursive=True).items():
             path = self.folder / name
-            if not wanted(name):
+            if not wanted(name) or name.split("/")[0] in self._ignored:
                 continue
             if not (path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (size, changed)):
                 Store(self.folder).write(name, self.store.read(name))
@@ -186,8 +186,9 @@ def worker_folder(address: str, rank: int) -> Iterator[Path]:
 
     _remove_left()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    with (folder / LOCK).open("w") as lock:
+    with (folder / f"{LOCK}.new").open("w") as lock:
         locked(lock.fileno())
+        Path(lock.name).rename(folder / LOCK)  # which nobody has seen without the lock on it
         mirror = Mirror(folder, address, () if rank == 0 else _LOGS)
         mirror.refresh()
         for path in sorted(folder.glob("checkpoint_*"), reverse=True):

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,8 +226,12 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
 
 def _position(run: Store) -> int:
     """Return the samples that a trial has been trained on, as its checkpoints say."""
-    configs = [name for name in run.files(recursive=True) if name.endswith(f"/{checkpoint.CONFIG}")]
-    return max((json.loads(run.text(name))["position"] for name in configs), default=0)
+    trained = 0
+    for name in run.files(recursive=True):
+        if name.endswith(f"/{checkpoint.CONFIG}"):
+            with suppress(ValueError, KeyError):  # it is damaged
+                trained = max(trained, json.loads(run.text(name))["position"])
+    return trained
 
 
 def _anywhere(settings: Recipe) -> Recipe:

@@ -19,6 +19,7 @@ BIN = Path(sys.executable).parent
 PORT = 6379
 _CPUS = 3
 _START_S = 300
+_ATTEMPTS = 3
 _SERVER = """
 import sys
 from pathlib import Path
@@ -114,16 +115,25 @@ class PrivateNodes:
                 f"--object-store-memory=150000000 --block --disable-usage-stats {options}"
             )
             namespaces = ["unshare", "-m", "--propagation", "private", "-p", "-f", "--kill-child", "--mount-proc"]
-            with (self.folder / f"{name}.log").open("a") as log:
-                self.nodes[name] = subprocess.Popen(
-                    [*self._inside(), *namespaces, "bash", "-c", script],
-                    stdout=log,
-                    stderr=log,
-                    stdin=subprocess.DEVNULL,
-                    env={key: value for key, value in self.env.items() if key != "RAY_ADDRESS"},
-                    cwd=ROOT,
-                )
-            self._wait_for(name)
+            for _ in range(_ATTEMPTS):  # Ray gives up a node after 30 s, which a machine that is busy may take
+                log = self.folder / f"{name}-{len(list(self.folder.glob('*.log')))}.log"
+                with log.open("w") as file:
+                    self.nodes[name] = subprocess.Popen(
+                        [*self._inside(), *namespaces, "bash", "-c", script],
+                        stdout=file,
+                        stderr=file,
+                        stdin=subprocess.DEVNULL,
+                        env={key: value for key, value in self.env.items() if key != "RAY_ADDRESS"},
+                        cwd=ROOT,
+                    )
+                deadline = time.monotonic() + _START_S
+                while "Ray runtime started" not in log.read_text() and self.nodes[name].poll() is None:
+                    assert time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.2)
+                if self.nodes[name].poll() is None:
+                    break
+            else:
+                raise AssertionError(log.read_text())
 
     def kill(self, *names: str) -> None:
         """Kill nodes with all their processes; what their disks held is gone."""
@@ -163,16 +173,6 @@ class PrivateNodes:
 
     def _inside(self) -> list[str]:
         return ["nsenter", "-t", str(self._network.pid), "-n"]
-
-    def _wait_for(self, name: str) -> None:
-        log, started = self.folder / f"{name}.log", "Ray runtime started"
-        deadline = time.monotonic() + _START_S
-        before = getattr(self, "_started", {}).get(name, 0)
-        while log.read_text().count(started) <= before:
-            assert self.nodes[name].poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        self._started = {**getattr(self, "_started", {}), name: before + 1}
 
     @staticmethod
     def _end(process: subprocess.Popen) -> None:

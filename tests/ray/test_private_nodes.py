@@ -13,6 +13,11 @@ pytestmark = pytest.mark.timeout(600)
 LONG_S = 400
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """In place of the other files' cluster in this process: here it is not needed."""
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     """Three nodes: A, the head without CPUs, B and C."""

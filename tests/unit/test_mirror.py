@@ -290,3 +290,11 @@ def test_copies_that_nothing_has_used_for_a_week_are_removed(s3, tmp_path):
         os.utime(copies / name, times=(time.time() - 8 * 24 * 3600,) * 2)
     with claimed(copies / "held" / "run", "raydet train"), opened(s3.uri(s3.run)) as folder:
         assert {path.name for path in copies.iterdir()} == {"held", "new", folder.parent.name}
+
+
+def test_a_rank_that_does_not_write_the_log_leaves_it_alone(s3):
+    Store(s3.uri(s3.run)).write("log.txt", b"step 1")
+    with worker_folder(s3.uri(s3.run), 1) as folder:
+        fill(folder, hang_txt="x")
+    assert stored(s3) == ["hang.txt", "log.txt"]
+    assert not folder.exists()
