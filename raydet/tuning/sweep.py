@@ -151,7 +151,8 @@ def _sweep(
         base = _anywhere(settings).model_copy(update=shared)
         nodes = alive_nodes()
         check_seen("storage", str(folder), nodes, _RECIPE)
-        check_seen("model.weights", base.model.weights or "", nodes)
+        if base.model.weights is not None and Path(base.model.weights).is_absolute():
+            check_seen("model.weights", base.model.weights, nodes)
         trainable = ray_tune.with_parameters(run_trial, base=base, own=own, loaded=loaded)
         # A trial waits for its workers, which have their CPUs; a share of one more would be missed by the data tasks.
         trainable = ray_tune.with_resources(trainable, {"memory": 1})

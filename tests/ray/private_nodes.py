@@ -87,6 +87,7 @@ class PrivateNodes:
             [*self._inside(), sys.executable, "-c", _SERVER, str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # it tells of each connection that a killed node leaves
             text=True,
             env=self.env | {"TMPDIR": "/tmp"},
             cwd=ROOT,
