@@ -1,7 +1,7 @@
 """Published weights on this machine: found, or downloaded once, and checked by their SHA-256 sum before they are read.
 
     {RAYDET_CACHE or ~/.cache/raydet}/weights/yolox_s.pth           a file whose sum is right
-                                              yolox_s.pth.part      what there is of a download
+                                              yolox_s.pth.1f2e3d.part  what there is of a download from an address
                                               yolox_s.pth.lock      held by the process that downloads it
                                               FILE.sha256           the sum at the first download, where none is known
 
@@ -49,13 +49,14 @@ def local_weights(weights: str | Path, model: str) -> str | Path:
     """Return a file's or folder's path or URI as it is, and for published weights the path of their file.
 
     Args:
-        weights: path or URI; or, where nothing has this path, "coco" or the name of a model.
-        model: name of the model that "coco" is of.
+        weights: "coco" for the COCO weights of the model; or the name of a model, where nothing has this path; or
+            a path or URI.
+        model: name of the model.
 
     Raises:
         RaydetError: see `fetch`; or no weights are published for the model.
     """
-    if str(weights) == "coco" and not Path(weights).exists():
+    if str(weights) == "coco":  # also beside a folder of this name, which is likely the data
         return fetch(published(model))
     return fetch(published(str(weights))) if is_published(weights) else weights
 
@@ -90,11 +91,13 @@ def fetch(weights: Published) -> Path:
 
 def _download(weights: Published) -> Path:
     target = weights_folder() / weights.file
-    part = target.with_name(f"{target.name}.part")
-    mirror = os.environ.get("RAYDET_WEIGHTS", "").rstrip("/")
-    addresses = [f"{mirror}/{weights.file}"] if is_uri(mirror) else []
+    mirror, question, query = os.environ.get("RAYDET_WEIGHTS", "").partition("?")
+    addresses = [f"{mirror.rstrip('/')}/{weights.file}{question}{query}"] if is_uri(mirror) else []
     reasons = []
     for address in (*addresses, weights.address):
+        part = _part(target, address)
+        if weights.sha256 is None:  # nothing would tell that the file has changed since its first bytes came
+            part.unlink(missing_ok=True)
         logger.warning("downloading %s; licence: %s", address, weights.licence)
         try:
             with _progress(weights) as tell:
@@ -112,6 +115,11 @@ def _download(weights: Published) -> Path:
         f"the weights of {weights.model} cannot be downloaded ({'; '.join(reasons)}); put the file at {target} "
         f"yourself; its SHA-256 sum is {weights.sha256 or 'not known'}"
     )
+
+
+def _part(target: Path, address: str) -> Path:
+    """Return where what has come from an address is kept: bytes of two addresses must not become one file."""
+    return target.with_name(f"{target.name}.{hashlib.sha256(address.encode()).hexdigest()[:6]}.part")
 
 
 def _check(file: Path, weights: Published, source: str) -> None:
@@ -139,17 +147,23 @@ def _check(file: Path, weights: Published, source: str) -> None:
 
 
 def _from_http(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
-    """Bring a file, from where `part` ends on."""
-    for wait in (*RETRY_AFTER_S, None):
+    """Bring a file, from where `part` ends on. It is tried again as long as bytes come, and then some times more."""
+    waits, reached = iter(RETRY_AFTER_S), 0
+    while True:
         try:
             _rest_of_http(address, part, tell)
             return
         except urllib.error.HTTPError as error:
-            if wait is None or (error.code < 500 and error.code not in _TRY_AGAIN):
+            if error.code < 500 and error.code not in _TRY_AGAIN:
                 raise
-        except (OSError, http.client.HTTPException):
-            if wait is None:
-                raise
+            failure: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            failure = error
+        size = part.stat().st_size if part.is_file() else 0
+        if size > reached:
+            waits, reached = iter(RETRY_AFTER_S), size
+        if (wait := next(waits, None)) is None:
+            raise failure
         time.sleep(wait)
 
 

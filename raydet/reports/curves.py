@@ -1,4 +1,4 @@
-"""A run's curves as one picture: loss, its components, learning rate and AP over the steps."""
+"""A run's curves as one picture: loss, its components, AP, learning rate and speed over the steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STYLES = ("-", "--", ":")
 
 
 def plot(folder: Path, out: Path | None = None) -> Path:
-    """Draw a run's loss, its components, learning rate and AP; return the picture's path.
+    """Draw the curves of a run into a file, and return its path.
 
     Args:
         folder: folder of the run, finished or not.
@@ -41,34 +41,52 @@ def plot(folder: Path, out: Path | None = None) -> Path:
     Raises:
         RaydetError: no step is logged, or the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     out = out or folder / "images" / "metrics.png"
     if out.suffix.lower() != ".png":
         raise RaydetError(f"{out}: the picture is a PNG, so its name must end with .png")
     lines = read_metrics(folder)
-    training = [line for line in lines if any(key.startswith("train/") for key in line)]
-    if not training:
+    if not any(map(_is_training, lines)):
         raise RaydetError(f"{folder / METRICS_FILE}: there is no training step in it to plot")
+    Store(out.parent).write(out.name, draw(lines, folder.resolve().name))
+    return out
 
-    figure = Figure(figsize=(14, 9), dpi=110, layout="constrained")
+
+def draw(lines: _Lines, title: str) -> bytes:
+    """Draw the curves of a run.
+
+    Args:
+        lines: lines of its metrics.jsonl, at least one.
+        title: text above the picture.
+
+    Returns:
+        The picture, a PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    training = list(filter(_is_training, lines))
+    figure = Figure(figsize=(18, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(folder.resolve().name, parse_math=False)
-    (loss, accuracy), (parts, rate) = figure.subplots(2, 2)
+    figure.suptitle(title, parse_math=False)
+    (loss, parts, accuracy), (rate, speed, rest) = figure.subplots(2, 3)
+    rest.remove()
     names = {key: name for line in training for key, name in components(line).items()}
     _draw_curves(loss, "loss", training, {"train/loss": "loss"})
     _draw_curves(parts, "loss components", training, names)
     if not names:
         parts.remove()
-    _draw_curves(rate, "learning rate", training, {"train/lr": "learning rate"}, noisy=False)
     _draw_accuracy(accuracy, lines)
+    _draw_curves(rate, "learning rate", training, {"train/lr": "learning rate"}, noisy=False)
+    _draw_curves(speed, "images a second", training, {"perf/images_per_s": "images a second"})
     for axes in list(figure.axes):
         _draw_steps(axes, lines)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    Store(out.parent).write(out.name, picture.getbuffer())
-    return out
+    return picture.getvalue()
+
+
+def _is_training(line: Mapping[str, float]) -> bool:
+    return any(key.startswith("train/") for key in line)
 
 
 def _draw_curves(axes: Axes, title: str, lines: _Lines, names: Mapping[str, str], noisy: bool = True) -> None:

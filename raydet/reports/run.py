@@ -15,8 +15,9 @@ import numpy as np
 from raydet import __version__
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
-from raydet.reports.html import bar_table, card, curves, embedded, page
-from raydet.runs.log import METRICS_FILE, best_validation, components, read_metrics
+from raydet.reports.curves import draw
+from raydet.reports.html import bar_table, card, embedded, page
+from raydet.runs.log import METRICS_FILE, best_validation, read_metrics
 from raydet.store import Store
 
 REPORT = "report.html"
@@ -24,6 +25,7 @@ _CLASS = "val/AP@0.50:0.95_"
 _NOTES = ("warning: ", "left out ")  # how the lines of log.txt begin that are worth reading later
 _MOST_NOTES = 200
 _TUNED = "tune_nms.png"
+_PNG = b"\x89PNG"  # how such a file begins
 
 _Lines = Sequence[Mapping[str, float]]
 
@@ -45,7 +47,7 @@ def report(folder: Path, out: Path | None = None) -> Path:
     name = folder.resolve().name
     best = best_validation(lines)
     sections = {
-        "Curves": _curves(lines),
+        "Curves": f'<div class="card"><div class="sheet">{_image(draw(lines, ""))}</div></div>',
         "Metrics": _metrics(best),
         "Classes": _classes(best),
         "Pictures": _pictures(folder),
@@ -84,25 +86,6 @@ def _overview(lines: _Lines, best: Mapping[str, float] | None) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in cells)
     row = "".join(f"<td>{value}</td>" for value in cells.values())
     return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody><tr>{row}</tr></tbody></table></div>'
-
-
-def _curves(lines: _Lines) -> str:
-    cards = [_card(lines, "Accuracy", {f"val/{name}": name for name in (MAIN_METRIC, "mAP@0.50", "mAP@0.75")}, "epoch")]
-    cards.append(_card(lines, "Loss", {"train/loss": "loss"}))
-    names = {key: name for line in lines for key, name in components(line).items()}
-    cards += [_card(lines, name, {key: name}) for key, name in names.items()]
-    cards.append(_card(lines, "Learning rate", {"train/lr": "learning rate"}))
-    cards.append(_card(lines, "Images a second", {"perf/images_per_s": "images a second"}))
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _card(lines: _Lines, headline: str, names: Mapping[str, str], unit: str = "step") -> str:
-    series = {}
-    for key, name in names.items():
-        found = [(line[unit], line[key]) for line in lines if key in line]
-        if found:
-            series[name] = tuple(zip(*found, strict=True))
-    return card(escape(headline), f"over {unit}s", curves(series, unit)) if series else ""  # type: ignore[arg-type]
 
 
 def _metrics(best: Mapping[str, float] | None) -> str:
@@ -148,18 +131,17 @@ def _pictures(folder: Path) -> str:
     cards = [
         card(escape(title), escape(about), f'<div class="sheet">{image}</div>')
         for path, title, about in shown
-        if (image := _embedded(path))
+        if (image := _image(path.read_bytes() if path.is_file() else b""))
     ]
     return f'<div class="stack">{"".join(cards)}</div>' if cards else ""
 
 
-def _embedded(path: Path) -> str:
-    """Return an image for the page; none where the file is missing or broken."""
-    content = path.read_bytes() if path.is_file() else b""
+def _image(content: bytes) -> str:
+    """Return a picture for the page; none where it is broken."""
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
     if image is None:
         return ""
-    return embedded(content, image.shape[1], image.shape[0], "png" if path.suffix == ".png" else "jpeg")
+    return embedded(content, image.shape[1], image.shape[0], "png" if content.startswith(_PNG) else "jpeg")
 
 
 def _notes(folder: Path) -> str:

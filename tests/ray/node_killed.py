@@ -28,6 +28,7 @@ from ray.util.state import list_actors, list_tasks
 import raydet
 from raydet.recipe import load
 from raydet.runs.folder import STOP, run_folder
+from raydet.training import on_ray
 
 # How soon a cluster sees that a node is gone; by default it takes half a minute.
 DETECTION = {
@@ -39,6 +40,7 @@ DETECTION = {
 
 
 def main(recipe: str, *overrides: str) -> None:
+    on_ray._RESIZE_EVERY_S = 5.0  # by default it takes half a minute until a new node is noticed
     log = run_folder(load(recipe, overrides)) / "log.txt"
     began = time.monotonic()
     seen: dict[str, float] = {}

@@ -1,4 +1,7 @@
-"""`ray job submit` of everything in jobs/, to a cluster of its own with a dashboard, a job server and tokens."""
+"""`ray job submit` to a cluster of its own with a dashboard, a job server and tokens.
+
+The scripts of jobs/ differ in one word, which tests/unit/test_cluster_files.py checks.
+"""
 
 import contextlib
 import json
@@ -16,7 +19,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.test_tracking import records
@@ -183,55 +185,13 @@ def test_a_stopped_job_has_ended_its_run_of_weights_and_biases(trained):
     assert sum(record.HasField("exit") for record in records(folder)) == 2
 
 
-def test_a_job_evaluates_what_a_job_has_trained(server, trained):
-    *_, folder = trained
-    out = server.folder / "evaluation"
-    ended = server.submit("evaluate", folder, "--out", out, "scale.cpus_per_worker=1", job="evaluate")
-    assert ended.returncode == 0, ended.stdout
-    measured = json.loads((out / "metrics.json").read_text())
-    trained = json.loads((folder / "summary.json").read_text())["metrics"]
-    assert {f"val/{name}": value for name, value in measured.items()} == pytest.approx(trained, abs=1e-6)
-
-
-def test_a_job_sweeps(server, options):
-    sweep = ["name=b", "train.epochs=1", "tune.trials=2", "tune.search=random", "tune.stop=none"]
-    space = ["tune.space={train.lr: {loguniform: [0.01, 0.1]}}"]
-    ended = server.submit("tune", "demo", *options, *sweep, *space, job="tune")
-    assert ended.returncode == 0, ended.stdout
-    trials = json.loads((server.folder / "runs" / "b-tune" / "trials.json").read_text())
-    assert len(trials) == 2
-    assert not any(trial["error"] for trial in trials)
-
-
-def test_a_job_detects_in_a_folder(server, trained, shapes):
-    *_, folder = trained
-    out = server.folder / "found"
-    ended = server.submit("predict", folder, shapes / "val", out, "--actors", "1", job="predict")
-    assert ended.returncode == 0, ended.stdout
-    assert sum(len(pq.read_table(path)) for path in out.glob("part-*.parquet")) == 24
-
-
-def test_a_job_ingests(server, shapes):
-    out = server.folder / "shards"
-    ended = server.submit("ingest", shapes, out, job="ingest")
-    assert ended.returncode == 0, ended.stdout
-    assert {path.parent.name for path in out.rglob("*.parquet")} == {"train", "val"}
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("train.epoch=2", "error: recipe demo: train.epoch: no such setting; did you mean train.epochs?"),
-        ("storage=runs", "error: storage: runs is in the working directory of this job, which Ray deletes"),
-    ],
-)
-def test_a_mistake_is_a_line_and_an_exit_code(server, options, override, says):
-    job = override.partition("=")[0]
-    ended = server.submit("train", "demo", *options, override, job=job)
+def test_a_mistake_is_a_line_and_an_exit_code(server, options):
+    ended = server.submit("train", "demo", *options, "storage=runs", job="mistake")
     assert ended.returncode == 1  # Ray's, of any job that failed
-    assert says in server.logs(job)
-    assert "Traceback" not in server.logs(job)
-    assert server.info(job)["driver_exit_code"] == 2
+    log = server.logs("mistake")
+    assert "error: storage: runs is in the working directory of this job, which Ray deletes" in log
+    assert "Traceback" not in log
+    assert server.info("mistake")["driver_exit_code"] == 2
 
 
 def test_strangers_submit_nothing(server):

@@ -1,6 +1,7 @@
 """A sweep of two loss weights: killed, resumed, one trial stopped early, and what it leaves."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from raydet.recipe import load
 @pytest.mark.timeout(400)
 def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     import ray
+    from ray.util.state import list_actors
 
     overrides = [
         "name=weights",
@@ -46,7 +48,9 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
 
     # The driver of a first start is killed as soon as a trial has measured something.
     command = [sys.executable, "-m", "raydet.cli", "tune", "yolox_n_finetune", *overrides]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    here = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": here}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     while not any("val/" in path.read_text() for path in folder.glob("trial_*/metrics.jsonl")):
         assert first.poll() is None
         time.sleep(0.2)
@@ -54,7 +58,10 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     first.wait()
     started = {path.parent for path in folder.glob("trial_*/witness.json")}  # workers have found the loss
     assert started
-    time.sleep(6)  # its processes end by themselves
+    deadline = time.monotonic() + 60
+    while list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]):
+        assert time.monotonic() < deadline, "its workers end by themselves"
+        time.sleep(0.2)
 
     said = []
     sweep = raydet.tune("yolox_n_finetune", overrides=overrides, say=said.append)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -178,3 +179,15 @@ def test_no_file_holds_a_secret():
     keys = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret_access_key|password|api[_-]key)\s*[:=]\s*[\"']?\w{16,}")
     for path in CLUSTER.iterdir():
         assert not keys.search(path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [(path, path.stem) for path in sorted((CLUSTER.parent / "jobs").glob("*.py"))], ids=str
+)
+def test_a_job_runs_the_command_of_its_name(script, command, monkeypatch):
+    ran = []
+    monkeypatch.setattr("raydet.cli.main", lambda: ran.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", [str(script), "demo", "--help"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert ran == [[{"predict": "batch-predict"}.get(command, command), "demo", "--help"]]
+    assert f"python jobs/{script.name} " in script.read_text()

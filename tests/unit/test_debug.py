@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import raydet
@@ -374,14 +375,31 @@ def test_a_loss_of_another_family_is_refused_by_the_names_of_both(demo, override
 class NotANumber(YoloXFastDetectionLoss):
     """From the third batch on."""
 
-    seen = 0
+    seen, bad = 0, range(3, 1000)
 
     def forward(self, outputs, targets):
         loss, components = super().forward(outputs, targets)
         self.seen += 1
-        return loss * (float("nan") if self.seen >= 3 else 1), components
+        return loss * (float("nan") if self.seen in self.bad else 1), components
 
 
 def test_after_some_steps_in_a_row_that_are_not_finite_it_stops(demo):
     with pytest.raises(RaydetError, match="was not finite in 3 steps in a row, the last being 5"):
         train(demo, "train.max_bad_steps=3", loss=NotANumber(num_classes=5))
+
+
+class OnceNotANumber(NotANumber):
+    """In the third batch only."""
+
+    bad = range(3, 4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_images_are_named_and_kept(demo):
+    result, said = train(demo, loss=OnceNotANumber(num_classes=5))
+    (warning,) = (line for line in said if "the loss or its gradient is not finite; the step is skipped" in line)
+    kept = torch.load(result.folder / "not_finite/step_00000003_rank_0.pt", weights_only=True)
+    assert kept["images"].shape == (8, 3, 96, 96)
+    assert all(Path(path).is_file() and path in warning for path in kept["paths"])
+    weights = load_file(result.checkpoint / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point())
+    assert sum(line.get("train/skipped", 0) for line in metrics_of(result.folder)) == 1

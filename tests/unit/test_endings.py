@@ -1,6 +1,9 @@
 """How the worker loop ends: told to stop, or by a validation beside the training that comes, fails or never answers."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,3 +158,20 @@ def test_validations_that_were_awaited_are_taken_up_by_the_next_start(train):
     ended, world, _, folder = train(*options, validations=[Scripted(found(0.125)), Scripted(found(0.25))])
     assert world.started == [(1, 5), (2, 10)]
     assert json.loads((folder / "checkpoint_000001" / "config.json").read_text())["metrics"][WATCH] == 0.125
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(demo, tmp_path):
+    """A real disk, of 40 MB, which is full from the third checkpoint on. The run says so and ends with an error."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount: unshare -rm")
+    disk, saved = tmp_path / "disk", tmp_path / "saved"
+    disk.mkdir()
+    settings = [*demo, f"storage={disk}", "name=full", "train.epochs=4", "track.checkpoint_steps=3"]
+    train = shlex.join([sys.executable, "-m", "raydet.cli", "train", "demo", "--debug", *settings])
+    fill = f"mount -t tmpfs -o size=40m none {disk} && head -c 10M /dev/zero > {disk}/other"
+    script = f"{fill}; {train}; echo code $?; cp -r {disk}/full-debug {saved}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert "cannot be kept: No space left on device. The checkpoints before it stay" in done.stdout, done.stdout
+    assert "the last checkpoint could not be kept; free the disk" in done.stderr
+    assert "code 2" in done.stdout
+    assert checkpoint.latest(saved)[0] is not None

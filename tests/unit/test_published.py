@@ -114,14 +114,14 @@ def test_cut_off_and_resumed(folder, server, ranges):
 @pytest.mark.parametrize("there", [100, len(CONTENT)], ids=["a part", "all"])
 def test_what_an_earlier_process_left_is_kept(folder, server, there):
     folder.mkdir(parents=True)
-    (folder / "yolox_s.pth.part").write_bytes(CONTENT[:there])
+    download._part(folder / "yolox_s.pth", server.address + "/yolox_s.pth").write_bytes(CONTENT[:there])
     assert download.fetch(row(server.address)).read_bytes() == CONTENT
     assert [asked for _, asked in server.asked] == [f"bytes={there}-"]
 
 
 def test_a_part_that_is_longer_than_the_file_is_begun_anew(folder, server):
     folder.mkdir(parents=True)
-    (folder / "yolox_s.pth.part").write_bytes(CONTENT + b"more")
+    download._part(folder / "yolox_s.pth", server.address + "/yolox_s.pth").write_bytes(CONTENT + b"more")
     assert download.fetch(row(server.address)).read_bytes() == CONTENT
 
 
@@ -161,6 +161,18 @@ def test_what_is_tried_again(folder, server, status, requests, reason):
     assert len(server.asked) == requests
 
 
+def test_as_long_as_bytes_come_it_goes_on(folder, server):
+    server.cut = [100_000] * 5
+    assert download.fetch(row(server.address)).read_bytes() == CONTENT
+    assert len(server.asked) == 6, "with two retries"
+
+
+def test_where_no_sum_is_known_nothing_of_an_earlier_process_is_used(folder, server):
+    folder.mkdir(parents=True)
+    download._part(folder / "yolox_s.pth", server.address + "/yolox_s.pth").write_bytes(b"an older version")
+    assert download.fetch(row(server.address, None)).read_bytes() == CONTENT
+
+
 def test_a_server_that_says_nothing(folder, server, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_S", 0.05)
     monkeypatch.setattr(download, "RETRY_AFTER_S", ())
@@ -179,11 +191,20 @@ def test_no_network_says_what_to_do(folder):
         assert part in str(raised.value)
 
 
-def test_a_mirror_is_asked_first(folder, server, monkeypatch):
+@pytest.mark.parametrize(("given", "query"), [("/", ""), ("?token=1", "?token=1")])
+def test_a_mirror_is_asked_first(folder, server, monkeypatch, given, query):
     with Server().run() as mirror:
-        monkeypatch.setenv("RAYDET_WEIGHTS", f"{mirror.address}/models/")
+        monkeypatch.setenv("RAYDET_WEIGHTS", f"{mirror.address}/models{given}")
         download.fetch(row(server.address))
-    assert (mirror.asked, server.asked) == ([("/models/yolox_s.pth", None)], [])
+    assert (mirror.asked, server.asked) == ([(f"/models/yolox_s.pth{query}", None)], [])
+
+
+def test_what_a_mirror_began_is_not_gone_on_with_elsewhere(folder, server, monkeypatch):
+    with Server(b"x" * len(CONTENT)).run() as mirror:
+        mirror.cut = [100, 0, 0, 0]
+        monkeypatch.setenv("RAYDET_WEIGHTS", mirror.address)
+        assert download.fetch(row(server.address)).read_bytes() == CONTENT
+    assert server.asked == [("/yolox_s.pth", None)]
 
 
 def test_what_a_mirror_lacks_comes_from_the_address(folder, server, monkeypatch):
@@ -259,7 +280,9 @@ def nano(shared, tmp_path, monkeypatch, folder):
 
 
 @pytest.mark.parametrize("arguments", [{"weights": "coco"}, {"weights": "yolox_n"}, {"pretrained_weights": "coco"}])
-def test_a_model_by_name(nano, arguments):
+def test_a_model_by_name(nano, arguments, tmp_path, monkeypatch):
+    (tmp_path / "coco").mkdir()
+    monkeypatch.chdir(tmp_path)  # beside a folder of images that is named like the weights
     named, given = models.get("yolox_n", **arguments), models.get("yolox_n", weights=nano)
     assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in named.state_dict().items())
     assert named.licence == "Apache-2.0 (Megvii YOLOX)"
