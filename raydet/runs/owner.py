@@ -62,6 +62,7 @@ class _Claim:
         self._content = f"{who}, since {time.strftime('%F %T')}".encode()
         self._lost = False
         self._beats = 0
+        self._seen: dict[str, _State] = {}  # other claims at the last sign of life
 
     def take(self, wait_s: float) -> None:
         """Write the claim as soon as there is no other whose owner lives; RaydetError: there is one for too long."""
@@ -78,15 +79,17 @@ class _Claim:
 
     def beat(self) -> None:
         """Give a sign of life."""
+        if self._lost:
+            return
         with suppress(RaydetError):  # the next one follows
-            if self._lost:
-                return
-            if self._store.kind(f"{CLAIMS}/{self._mine}") == "file":
-                self._write()
-                return
-            self._lost = True
-            why = f"this command gave no sign of life for {GONE_S:.0f} s"
-            logger.warning("%s has another owner now, as %s: end one of the two", self._store.root, why)
+            self._write()
+            others = self._others()
+            self._lost = any(self._seen.get(name, state) != state for name, state in others.items())
+            self._seen = others
+            if self._lost:  # another command gives signs of life as well
+                self.drop()
+                why = f"this command gave no sign of life for {GONE_S:.0f} s"
+                logger.warning("%s has another owner now, as %s: end one of the two", self._store.root, why)
 
     def drop(self) -> None:
         """Give the address back."""

@@ -67,6 +67,7 @@ class PrivateNodes:
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_health_check_period_ms": "2000",
             "RAY_health_check_failure_threshold": "4",
+            "RAY_raylet_start_wait_time_s": str(_START_S),  # of a busy machine; by default 10 s
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_EC2_METADATA_DISABLED": "true",
