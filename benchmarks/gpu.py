@@ -148,19 +148,21 @@ class Trained:
     ):
         self.family, self.device = family_of(name), bench.device
         torch.manual_seed(0)
-        queries = {"num_queries": 30} if self.family.has_queries and bench.quick else {}
+        queries: dict[str, Any] = {"num_queries": 30} if self.family.has_queries and bench.quick else {}
         self.model: Any = get(name, classes, image_size=(side, side), **queries).train()
         for key, parameter in self.model.named_parameters():
             if spread and "_preds." in key:
                 nn.init.normal_(parameter, std=0.1)
         self.criterion: Any = self.family.losses[0](**self.family.loss_arguments(self.model)).to(self.device)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=layout)
-        self.network: Any = torch.compile(self.model, backend=bench.backend) if compiled else self.model
+        self.model.to(self.device).to(memory_format=layout)
+        self.network: Any = self.model
+        if compiled:
+            self.network = torch.compile(self.model, backend=bench.backend)
         self.settings = Train(**{"lr": 1e-4, **settings})
         self.layout = layout
         self.optimizer = make_optimizer(self.model, self.settings)
-        self.step = Step(self.network, self.criterion, self.optimizer, self.settings, self.device, ranks=1)
+        self.step = Step(self.network, self.criterion, self.optimizer, self.settings, self.device, ranks=1, seed=0)
 
     def prepare(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Turn pixels on the device into the model's input."""
@@ -178,8 +180,9 @@ class Trained:
             batch.images.to(self.device, non_blocking=True), batch.targets.to(self.device, non_blocking=True)
         )
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            takes_targets = self.model.training and getattr(self.model, "takes_targets", False)
-            return self.network(inputs, targets) if takes_targets else self.network(inputs)
+            if not (self.model.training and getattr(self.model, "takes_targets", False)):
+                return self.network(inputs)
+            return self.network(inputs, targets, batch.positions, int(batch.targets[:, 0].long().bincount().max()))
 
     def bare(self, batch: Batch, dtype: torch.dtype) -> None:
         """Make a step as a plain loop does: nothing is looked at."""
@@ -198,7 +201,8 @@ def about_the_device(bench: Bench) -> None:
         bench.say("device", str(bench.device), NO_CUDA, "bf16 without emulation, cuDNN", None)
         return
     native, capability = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_capability()
-    found = f"capability {capability[0]}.{capability[1]}, bf16 {native}, cuDNN {torch.backends.cudnn.version()}"
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    found = f"capability {capability[0]}.{capability[1]}, bf16 {native}, cuDNN {cudnn}"
     expected = "bf16 without emulation from capability 8.0 on"
     bench.say("device", torch.cuda.get_device_name(bench.device), found, expected, native == (capability >= (8, 0)))
 
@@ -313,11 +317,12 @@ def copies(bench: Bench) -> None:
     pageable = torch.empty_like(pinned, pin_memory=False).copy_(pinned)
     speeds = {}
     for name, pixels in (("pinned", pinned), ("pageable", pageable)):
-        ms = median_ms(lambda pixels=pixels: pixels.to(bench.device, non_blocking=True), bench.device, 20)
+        ms = median_ms(partial(pixels.to, bench.device, non_blocking=True), bench.device, 20)
         speeds[name] = pixels.numel() / ms / 1e6
     found = f"pinned {speeds['pinned']:.1f} GB/s, pageable {speeds['pageable']:.1f} GB/s"
     bench.say("copies to the device", "", found, "pinned faster", speeds["pinned"] > speeds["pageable"])
-    stream, matrix = torch.cuda.Stream(), torch.randn(8192, 8192, device=bench.device)
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    matrix = torch.randn(8192, 8192, device=bench.device)
 
     def compute() -> None:
         for _ in range(4):
@@ -329,7 +334,12 @@ def copies(bench: Bench) -> None:
                 pinned.to(bench.device, non_blocking=True)
 
     alone = [median_ms(run, bench.device, 10) for run in (compute, copy)]
-    both = median_ms(lambda: (copy(), compute()), bench.device, 10)
+
+    def run_both() -> None:
+        copy()
+        compute()
+
+    both = median_ms(run_both, bench.device, 10)
     found = f"computing {alone[0]:.1f} ms, copies {alone[1]:.1f} ms, both {both:.1f} ms"
     bench.say("copies beside computing", "", found, "both within 1.1 of the longer", both < 1.1 * max(alone))
 
@@ -390,7 +400,7 @@ def _rank(rank: int, device: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     bench = Bench(torch.device(device), (), True, float("inf"))
     one = Trained(bench, "yolox_n", 96, precision="fp32")
-    step = Step(one.model, one.criterion, one.optimizer, one.settings, one.device, ranks=2)
+    step = Step(one.model, one.criterion, one.optimizer, one.settings, one.device, ranks=2, seed=0)
     batch = bench.batch(2, 96)
     for _ in range(2):
         step(replace(batch, images=batch.images + rank), one.prepare)
@@ -440,7 +450,7 @@ def sizes(bench: Bench, name: str) -> None:
     peak = torch.cuda.max_memory_allocated() if bench.cuda else 0
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = [median_ms(lambda batch=batch: one.train(batch), bench.device, 1) for batch in batches]
+    times = [median_ms(partial(one.train, batch), bench.device, 1) for batch in batches]
     found = f"slowest {max(times):.0f} ms, the largest size alone {largest:.0f} ms, peak {peak / 2**30:.1f} GiB"
     met = max(times) < 1.3 * largest
     bench.say(f"{len(sides)} sizes", name, found, "no size slower than 1.3 of the largest", met)

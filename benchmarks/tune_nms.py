@@ -127,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "candidates.parquet")
         index = make(options.images, file)
-        candidates = CandidateSet(file, index, (SIDE, SIDE), "pad_bottom_right")
+        candidates = CandidateSet(file.read_bytes(), str(file), index, (SIDE, SIDE), "pad_bottom_right")
     search = Search(candidates)
     rows = np.arange(options.images)
     began = time.perf_counter()

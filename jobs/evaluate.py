@@ -1,7 +1,7 @@
 """Measures a checkpoint on a Ray cluster; the arguments are those of `raydet evaluate`.
 
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py /shared/runs/mine \
-    --out /shared/evaluation
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py s3://bucket/runs/mine \
+    --out s3://bucket/evaluation
 """
 
 import sys

@@ -106,6 +106,8 @@ def train(
         RaydetError: something in the recipe, the data or the weights cannot work.
         KeyboardInterrupt: it was interrupted.
     """
+    from raydet.runs.owner import owned
+
     settings = load_recipe(_for_debugging(load_recipe(recipe)) if debug else recipe, overrides)
     mine = [callback for callback in callbacks if isinstance(callback, Pictures)]
     callbacks = [callback for callback in callbacks if callback not in mine]
@@ -124,7 +126,8 @@ def train(
     resize = job.config.preprocessing.resize
     streams = train_samples(settings, train_index, resize), val_samples(settings, val_index, resize)
     here = pick_device(device) if debug else None
-    with claimed(job.folder, "raydet train"):
+    address = None if debug else run_address(settings)
+    with claimed(job.folder, "raydet train"), owned(address, "raydet train"):
         if debug:
             _clear(job.folder)
         return _train(job, streams, problems, here, callbacks, verbose, live, say)
@@ -213,7 +216,7 @@ def evaluate(
         debug: run in this process, without Ray.
         device: device to run on, with `debug`.
         verbose: let Ray print what its workers print.
-        out: folder for metrics.json, detections.json and the pictures; None: none are written.
+        out: path or address of the folder for metrics.json, detections.json and the pictures; None: none are written.
         say: takes each line of progress.
 
     Returns:
@@ -236,7 +239,7 @@ def evaluate(
             evaluation = CocoEvaluation.from_bytes(val_index, state)
         metrics = evaluation.compute()
         if out is not None:
-            write_evaluation(Path(out), evaluation, metrics)
+            write_evaluation(out, evaluation, metrics)
         return metrics
 
 
@@ -275,7 +278,6 @@ def run_evaluation(
     device: str | None,
     verbose: bool,
     say: Callable[[str], Any],
-    then: Callable[[Path], Any] = lambda folder: None,
 ) -> Any:
     """Run an evaluation here or on Ray, in a scratch folder; return what rank 0 returns.
 
@@ -285,7 +287,6 @@ def run_evaluation(
         loop: what each rank does with its run.
         job: what is evaluated.
         debug, device, verbose, say: see `evaluate`.
-        then: called with the scratch folder at the end.
 
     Raises:
         RaydetError: the scratch folder cannot be made, or see `evaluate`.
@@ -304,11 +305,8 @@ def run_evaluation(
         job = replace(job, folder=Path(scratch))
         if debug:
             world = LocalWorld(job, *streams, device=pick_device(device))
-            result = loop(Run(job, world, RunLog(job.folder, echo=say)))
-        else:
-            result = on_ray(loop, job, streams, verbose, say)
-        then(job.folder)
-        return result
+            return loop(Run(job, world, RunLog(job.folder, echo=say)))
+        return on_ray(loop, job, streams, verbose, say)
 
 
 def _clear(folder: Path) -> None:

@@ -88,7 +88,7 @@ def train(
     from raydet.reports.terminal import summary
     from raydet.reports.validation import draw_validation
     from raydet.runs.checkpoint import build
-    from raydet.runs.mirror import opened
+    from raydet.runs.mirror import address_of, opened
     from raydet.store import is_uri
 
     _check_device(device, debug)
@@ -104,14 +104,15 @@ def train(
     run = result.address or str(result.folder)
     with opened(run) as folder:
         if not result.finished_before:
-            say(f"detections on validation images, beside the truth: {draw_validation(folder, index, model)}")
+            drawn = address_of(run, draw_validation(folder, index, model))
+            say(f"detections on validation images, beside the truth: {drawn}")
         for line in summary(folder):
             say(line)
-        say(f"curves: {folder / 'images' / 'metrics.png'}")
+        say(f"curves: {address_of(run, folder / 'images' / 'metrics.png')}")
         if not result.finished_before:
-            say(f"report: {report_of_run(folder)}")
-    say(f"run folder: {run}")
-    say(f"best checkpoint: {result.checkpoint}")
+            say(f"report: {address_of(run, report_of_run(folder))}")
+        say(f"run folder: {run}")
+        say(f"best checkpoint: {address_of(run, result.checkpoint)}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)
     trusted = [" --trust-code" * any(map(is_own, names)) for names in ([name], [name, data.format])]
     say(f"next: {_program()} predict {quote(run)} {quote(images)}{trusted[0]}")
@@ -130,7 +131,7 @@ def evaluate(
     device: Device = None,
     verbose: Verbose = False,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", help="folder for files and pictures", show_default="evaluation/ in the checkpoint"),
     ] = None,
 ) -> None:
@@ -142,9 +143,10 @@ def evaluate(
     Example: raydet evaluate yolox_s.pth --recipe coco2017_yolox_s data.root=/data/coco --out yolox_s
     """
     from raydet.api import evaluate as run
+    from raydet.store import Store
 
     _check_device(device, debug)
-    out = out or (Path(checkpoint) if Path(checkpoint).is_dir() else Path()) / "evaluation"
+    out = out or (Store(checkpoint).path("evaluation") if Store(checkpoint).kind() == "folder" else "evaluation")
     metrics = run(
         checkpoint,
         recipe=recipe,
@@ -176,6 +178,7 @@ def tune(
     from rich.console import Console
 
     from raydet.recipe import load
+    from raydet.store import join
     from raydet.tuning.sweep import TRIALS
     from raydet.tuning.sweep import tune as run
     from raydet.tuning.trials import table
@@ -184,14 +187,14 @@ def tune(
     sweep = run(recipe, overrides=overrides or (), verbose=verbose, live=live, say=say)
     if sweep.finished_before:
         say(f"{sweep.folder} is finished; another name=… starts another sweep")
-    settings = load(sweep.folder / "recipe.yaml")
+    settings = load(join(sweep.folder, "recipe.yaml"))
     Console().print(table(sweep.trials, settings.eval.watch, settings.train.epochs, rows=TOP_TRIALS))
     for trial in sweep.trials:
         if trial.error:
             say(f"{trial.name} failed: {trial.error}")
     for picture in sweep.pictures:
         say(f"picture: {picture}")
-    say(f"all trials: {sweep.folder / TRIALS}")
+    say(f"all trials: {join(sweep.folder, TRIALS)}")
     say(f"best recipe: {sweep.recipe}")
     say(f"next: {_program()} train {quote(str(sweep.recipe))}")
 
@@ -216,7 +219,7 @@ def tune_nms(
     trials: Annotated[int, typer.Option("--trials", help="number of settings to try", min=2)] = 200,
     seed: Annotated[int, typer.Option("--seed", help="seed of the settings and of the halves of the images")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder for the table and the picture", show_default="the checkpoint's")
+        str | None, typer.Option("--out", help="folder for the table and the picture", show_default="the checkpoint's")
     ] = None,
     debug: Debug = False,
     device: Device = None,
@@ -231,6 +234,7 @@ def tune_nms(
 
     Example: raydet tune-nms runs/demo --objective F1@0.50
     """
+    from raydet.store import Store
     from raydet.tuning.nms import PICTURE, TABLE
     from raydet.tuning.nms import tune_nms as run
 
@@ -252,14 +256,15 @@ def tune_nms(
     )
     for line in tuned.summary(objective):
         say(line)
-    say(f"all settings: {tuned.folder / TABLE}; picture: {tuned.folder / PICTURE}")
+    folder = Store(tuned.folder)
+    say(f"all settings: {folder.path(TABLE)}; picture: {folder.path(PICTURE)}")
 
 
 @app.command()
 def plot(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="path of the picture, a PNG", show_default="RUN/images/metrics.png")
+        str | None, typer.Option("--out", help="path of the picture, a PNG", show_default="RUN/images/metrics.png")
     ] = None,
 ) -> None:
     """Draw the loss, learning rate and AP of a run over its steps and epochs, as one picture.
@@ -272,13 +277,13 @@ def plot(
     from raydet.runs.mirror import opened
 
     with opened(run, weights=False) as folder:
-        say(f"picture: {draw(folder, out)}")
+        say(f"picture: {_put(run, draw(folder, _here(out)), out)}")
 
 
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
-    out: Annotated[Path | None, typer.Option("--out", help="path of the page", show_default="RUN/report.html")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="path of the page", show_default="RUN/report.html")] = None,
 ) -> None:
     """Write the report of a run: one HTML page with curves, metrics, classes, worst and best images, and the recipe.
 
@@ -288,7 +293,7 @@ def report(
     from raydet.runs.mirror import opened
 
     with opened(run, weights=False) as folder:
-        say(f"report: {write(folder, out)}")
+        say(f"report: {_put(run, write(folder, _here(out)), out)}")
 
 
 @app.command()
@@ -298,8 +303,8 @@ def predict(
         str, typer.Argument(help="image, folder of images, pattern, video, http(s) address, or number of a camera")
     ],
     out: Annotated[
-        Path, typer.Option("--out", "--save", help="folder for the pictures or the video, and detections.json")
-    ] = Path("predictions"),
+        str, typer.Option("--out", "--save", help="folder for the pictures or the video, and detections.json")
+    ] = "predictions",
     score: Score = None,
     iou: IoU = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
@@ -317,8 +322,11 @@ def predict(
     """
     from raydet.predict.predictor import load, shown_score
     from raydet.predict.save import open_target, save
+    from raydet.store import is_uri
 
-    target = open_target(source, out, max_pixels)
+    if is_uri(out):
+        raise RaydetError(f"--out {out}: predict writes to a folder of this machine; batch-predict to an object store")
+    target = open_target(source, Path(out), max_pixels)
     predictor = load(checkpoint, device, trust_code=trust_code)
     score = shown_score(predictor.config.thresholds) if score is None else score
     found = save(predictor.stream(target.source, score, iou, batch_size), target)
@@ -400,7 +408,7 @@ def export(
         ),
     ] = "batch",
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", help="path of the file", show_default="model.onnx in the checkpoint's folder"),
     ] = None,
     score: Annotated[
@@ -422,7 +430,6 @@ def export(
         raise RaydetError(f"--format {form}: it is onnx")
     written = run(checkpoint, out, trust_code=trust_code, form=output, conf=score, iou=iou, say=say)
     say(str(written))
-    say(f"model: {written.path} ({written.path.stat().st_size / 1e6:.1f} MB)")
 
 
 for command in (cli_data.inspect, cli_data.ingest, cli_data.recipes):
@@ -447,6 +454,25 @@ def main() -> None:
 def _check_device(device: str | None, debug: bool) -> None:
     if device is not None and not debug:
         raise RaydetError("--device goes with --debug; on Ray, scale.gpu and scale.num_workers say what to use")
+
+
+def _here(out: str | None) -> Path | None:
+    """Return the path of --out; None: nothing is given, or the address of a file in an object store."""
+    from raydet.store import is_uri
+
+    return None if out is None or is_uri(out) else Path(out)
+
+
+def _put(run: str, written: Path, out: str | None) -> str | Path:
+    """Bring a file of a run to --out, where that is an address, and return where it is."""
+    from raydet.runs.mirror import address_of
+    from raydet.store import write_file
+
+    if out is None:
+        return address_of(run, written)
+    if _here(out) is None:
+        write_file(out, written.read_bytes())
+    return out
 
 
 def _program() -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from raydet.errors import RaydetError
 from raydet.recipe import Scale
 from raydet.store import is_uri
 
 _ANSWER_S = 10.0  # for a cluster to answer; Ray would try for many minutes
+_LOOK_S = 60.0  # for all nodes to look for a path
+_LOOKS, _LOOK_AGAIN_S = 4, 1.0
 
 
 def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
@@ -134,6 +138,55 @@ def check_kept(folder: str | Path, what: str) -> None:
         )
 
 
+def check_seen(key: str, path: str, nodes: Sequence[Mapping[str, Any]], file: str = "") -> None:
+    """Look for a local path from a task on each node that will need it.
+
+    Args:
+        key: setting or argument that names the path.
+        path: the path; an address in an object store is seen by all.
+        nodes: nodes to look from, as `ray.nodes()` describes them.
+        file: name of a file below the path that is there now. A folder that only has the same path does not have it.
+
+    Raises:
+        RaydetError: a node does not have it; node, path and key are named.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = os.path.join(path, file) if file else path
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in nodes if node["NodeID"] != here and node["Resources"].get("CPU")]
+    if is_uri(path) or not others or not os.path.exists(place):
+        return
+    look = ray.remote(num_cpus=0, max_retries=0)(_is_there)
+    tasks = {}
+    for node in others:
+        on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        tasks[look.options(scheduling_strategy=on_it).remote(place)] = node
+    done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK_S)  # a node that is too busy is let off
+    for task in done:
+        try:
+            there = ray.get(task)
+        except ray.exceptions.RayError:  # a node that has just gone needs nothing
+            continue
+        if not there:
+            node = tasks[task]
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, id {node['NodeID'][:12]})"
+            raise RaydetError(
+                f"{key}: {path} is not on the node {name}, which needs it: give a path that all nodes share, or an "
+                "address in an object store, s3://… or gs://…"
+            )
+
+
+def _is_there(path: str) -> bool:
+    """Is there such a file? A network's file system may take a moment to show a new one."""
+    for _ in range(_LOOKS):
+        if os.path.exists(path):
+            return True
+        time.sleep(_LOOK_AGAIN_S)
+    return False
+
+
 def share_of_cluster(scale: Scale, concurrent: int | None) -> tuple[Scale, int]:
     """Return the resources of each of several trainings at once, and how many of them.
 
@@ -192,6 +245,28 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
     return gpu, each, any(room.here.get(name, 0) < amount for name, amount in wanted.items())
 
 
+_Node = Mapping[str, Any]  # as `ray.nodes()` describes it
+
+
+def alive_nodes() -> list[_Node]:
+    """Return the nodes of the cluster."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def worker_nodes(scale: Scale, nodes: Sequence[_Node]) -> list[_Node]:
+    """Return those nodes that may run the workers of a recipe."""
+    wanted = scale.worker_resources.items()
+    return [node for node in nodes if all(node["Resources"].get(name, 0) >= amount for name, amount in wanted)]
+
+
+def data_nodes(scale: Scale, nodes: Sequence[_Node]) -> list[_Node]:
+    """Return those nodes that may run the data tasks of a recipe."""
+    selector = label_selector(scale.data_label) or {}
+    return [node for node in nodes if selector.items() <= node["Labels"].items()]
+
+
 class _Room:
     """What the nodes have that may run the workers of a recipe.
 
@@ -206,20 +281,14 @@ class _Room:
     """
 
     def __init__(self, scale: Scale):
-        import ray
         from ray._private.state import state
 
         # What there is when the autoscaler has started all nodes it may; Ray publishes it nowhere else, and without
         # the labels of nodes to come. Empty: there is no autoscaler.
         limits: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        mine = [
-            node
-            for node in alive
-            if all(node["Resources"].get(name, 0) >= amount for name, amount in scale.worker_resources.items())
-        ]
-        selector = label_selector(scale.data_label) or {}
-        theirs = [node for node in alive if selector.items() <= node["Labels"].items()]
+        alive = alive_nodes()
+        mine = worker_nodes(scale, alive)
+        theirs = data_nodes(scale, alive)
         if not mine and not limits:
             raise RaydetError(f"scale.worker_resources: no node has {scale.worker_resources}: ray start --resources=…")
         if not theirs and not limits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -260,6 +261,30 @@ class Store:
         elif self.kind(name) == "file":
             self._retry(lambda: self._remote.delete_file(self._key(name)), name)
 
+    def remove(self, folder: str = "") -> None:
+        """Remove a folder with all that is in it, if there is one.
+
+        Raises:
+            RaydetError: it cannot be removed.
+        """
+        if self.kind(folder) != "folder":
+            return
+        if self._remote is not None:  # one by one: not every server can delete many at once
+            for name in self.files(folder, recursive=True, hidden=True):
+                self.delete(f"{folder}/{name}" if folder else name)
+            return
+        path = self.path(folder) if folder else self._base
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise RaydetError(f"{path}: cannot be removed ({error.strerror})") from None
+
+    def arrow(self, name: str = "") -> tuple[pafs.FileSystem, str]:
+        """Return Arrow's file system and the path in it of a file or a folder, for libraries that take these."""
+        if self._remote is None:
+            return pafs.LocalFileSystem(), self.path(name) if name else self._base
+        return self._remote, self._key(name)
+
     def _key(self, name: str) -> str:
         return f"{self._base.rstrip('/')}/{name}" if name else self._base
 
@@ -283,6 +308,31 @@ class Store:
                 if wait is None:
                     raise RaydetError(f"{self.path(name)}: cannot be reached ({error})") from None
                 time.sleep(wait)
+
+
+def join(folder: str | Path, name: str) -> str | Path:
+    """Return the path or address of a file in a folder: for a path a Path, for an address a str."""
+    return Store(folder).path(name) if is_uri(folder) else Path(folder) / name
+
+
+def above(path: str | Path) -> tuple[str, str]:
+    """Return the path or address of the folder that a file or a folder is in, and its name there."""
+    if not is_uri(path):
+        place = Path(path).expanduser().absolute()
+        return str(place.parent), place.name
+    address, question, query = str(path).partition("?")
+    folder, _, name = address.rstrip("/").rpartition("/")
+    return f"{folder}{question}{query}", name
+
+
+def write_file(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file by its path or address, see `Store.write`.
+
+    Raises:
+        RaydetError: it cannot be written.
+    """
+    folder, name = above(path)
+    Store(folder).write(name, content)
 
 
 def _encoded(uri: str) -> str:

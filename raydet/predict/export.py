@@ -25,8 +25,8 @@ from raydet.predict.predictor import METADATA, OnnxPredictor, Predictor, post_pr
 from raydet.recipe import Eval
 from raydet.runs import checkpoint
 from raydet.runs.folder import load_evaluated
-from raydet.runs.mirror import opened
-from raydet.store import Store
+from raydet.runs.mirror import address_of, opened
+from raydet.store import is_uri, write_file
 from raydet.visualization import Image
 
 Rows = npt.NDArray[np.float32]
@@ -44,7 +44,7 @@ class Written:
     """An ONNX file, and how near it is to the checkpoint.
 
     Attributes:
-        path: path of the ONNX file.
+        path: path or address of the ONNX file.
         detections: number of detections that were compared.
         threshold: lowest score of these detections: that of the file where it detects something.
         missing: number of these detections that only one of the two has.
@@ -52,7 +52,7 @@ class Written:
         pixels: largest difference between two box sides, in pixels.
     """
 
-    path: Path
+    path: str | Path
     detections: int
     threshold: float
     missing: int
@@ -83,7 +83,7 @@ def export(
 
     Args:
         path: folder of a checkpoint, or of a run, whose best checkpoint is taken.
-        out: path of the ONNX file; None: model.onnx in the checkpoint's folder.
+        out: path or address of the ONNX file; None: model.onnx in the checkpoint's folder.
         model: a detector of your own, where the checkpoint is of one.
         trust_code: in its place, run the code that the checkpoint names as its model, and the recipe of its run to read
             the images to compare with.
@@ -109,8 +109,7 @@ def export(
         content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
         about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
         pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))
-        usual = Path(f"{path}.onnx") if is_published(path) else folder / "model.onnx"
-        target = Path(out) if out is not None else usual
+        target = _target(path, out, folder)
         say(f"exporting {config.model or 'a model'} of {config.image_size[0]}x{config.image_size[1]} px")
         fused = model.fuse()
 
@@ -132,11 +131,23 @@ def export(
             )
             about |= {"thresholds": lower.model_dump()}
             found = _check(pytorch, OnnxPredictor(written(lower), str(target)), images, lower, target)
-        Store(target.parent).write(target.name, data)
+        write_file(target, data)
+        say(f"model: {target} ({len(data) / 1e6:.1f} MB)")
         return found
 
 
-def _check(pytorch: Predictor, onnx: Predictor, images: Sequence[Image], thresholds: Eval, target: Path) -> Written:
+def _target(path: str | Path, out: str | Path | None, folder: Path) -> str | Path:
+    """Return the path or address of the file of a checkpoint, which lies in `folder` here; see `export`."""
+    if out is not None:
+        return out if is_uri(out) else Path(out)
+    if is_published(path):
+        return Path(f"{path}.onnx")
+    return address_of(path, folder / "model.onnx")
+
+
+def _check(
+    pytorch: Predictor, onnx: Predictor, images: Sequence[Image], thresholds: Eval, target: str | Path
+) -> Written:
     """Compare what both detect in the first image alone and in all as a batch; RaydetError: something else."""
     lists: list[tuple[Rows, Rows]] = []
     for inputs in images[:1], images:

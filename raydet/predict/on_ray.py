@@ -154,7 +154,7 @@ def batch_predict(
     import ray
     import ray.data
 
-    from raydet.cluster import check_kept, connect
+    from raydet.cluster import alive_nodes, check_kept, check_seen, connect
     from raydet.predict.predictor import post_prediction, shown_score, with_thresholds
     from raydet.recipe import Scale
     from raydet.runs import checkpoint as checkpoints
@@ -205,6 +205,9 @@ def batch_predict(
         with ExitStack() as stack:
             if connect(Scale(), verbose):
                 stack.callback(ray.shutdown)
+            nodes = alive_nodes()
+            check_seen("SOURCE", images.root, nodes, job.files[0].as_py())
+            check_seen("OUT", target.root, nodes, MANIFEST)
             done = _run(job, waiting, actors, known, say)
     failed = _finish(job, len(parts), form)
     return BatchPredicted(len(files), failed, done, time.monotonic() - began, target.root)

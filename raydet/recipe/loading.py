@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -17,6 +17,7 @@ from raydet.plugins import accepts, is_own, locate
 from raydet.recipe.section import Section
 from raydet.recipe.training import LOSSES, OwnLoss, loss_kind
 from raydet.recipe.tree import Recipe, flat
+from raydet.store import Store, above
 from raydet.yaml_text import read as read_yaml
 from raydet.yaml_text import write as write_yaml
 
@@ -31,7 +32,7 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        recipe: a shipped name, the path of a YAML file, or a recipe.
+        recipe: a shipped name, the path or address of a YAML file, or a recipe.
         overrides: `section.key=value`. A value is YAML; that of a setting that is text is taken as it is typed.
 
     Raises:
@@ -42,14 +43,15 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     if isinstance(recipe, Recipe):
         tree, source = recipe.model_dump(mode="json"), "recipe"
     else:
-        path = shipped().get(str(recipe)) or Path(recipe)
-        if not path.is_file():
+        path = shipped().get(str(recipe)) or recipe
+        folder, name = above(path)
+        if Store(folder).kind(name) != "file":
             raise RaydetError(
                 f"{recipe} is neither a recipe of raydet{did_you_mean(str(recipe), shipped())} nor a YAML file "
                 "(raydet recipes lists the former)"
             )
         tree, source = _read(path), f"recipe {recipe}"
-        tree["name"] = tree.get("name") or path.stem
+        tree["name"] = tree.get("name") or PurePosixPath(name).stem
     # Another loss first: it decides which arguments there are.
     for text in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
         if text.startswith("loss.name="):
@@ -75,15 +77,16 @@ def override(key: str, value: Any) -> str:
     return f"{key}={write_yaml(value)}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str | Path) -> dict[str, Any]:
+    folder, name = above(path)
     try:
-        tree = read_yaml(path.read_text(), _texts() | _lists_of_texts())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = read_yaml(Store(folder).text(name), _texts() | _lists_of_texts())
+    except yaml.YAMLError as error:
         raise RaydetError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RaydetError(f"recipe {path} holds no settings: it should be `section:` with `key: value` below")
     if "names" in tree or isinstance(tree.get("train"), str | list):
-        raise RaydetError(f"{path} describes a data set and is no recipe: name its folder, {path.absolute().parent}")
+        raise RaydetError(f"{path} describes a data set and is no recipe: name its folder, {folder}")
     return tree
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from raydet.recipe.data import Augment, Data
 from raydet.recipe.section import Section
@@ -32,7 +32,7 @@ class Recipe(Section):
     name: Annotated[str, AfterValidator(_inside)] = Field(
         "", description="name of the run: its folder below storage; empty: the name of the recipe"
     )
-    storage: str = Field("runs", description="folder of all runs: a path that all nodes share, s3://… or gs://…")
+    storage: str = Field("runs", description="folder of all runs: s3://…, gs://… or a path that all nodes share")
     seed: int = Field(
         0, ge=0, description="seed of the initial weights, the order of the images and their augmentation"
     )
@@ -45,12 +45,6 @@ class Recipe(Section):
     scale: Scale = Scale()
     track: Track = Track()
     tune: Tune = Tune()
-
-    @model_validator(mode="after")
-    def _validation_finds_checkpoints(self) -> Recipe:
-        if self.scale.async_validation and "://" in self.storage:
-            raise ValueError("scale.async_validation needs a storage that all nodes share as a folder")
-        return self
 
 
 def describe(recipe: Recipe) -> str:

@@ -31,8 +31,8 @@ _ERRORS = {
 }
 
 
-def write_evaluation(folder: Path, evaluation: CocoEvaluation, metrics: Mapping[str, float]) -> None:
-    """Write metrics.json, detections.json and the pictures to a folder.
+def write_evaluation(folder: str | Path, evaluation: CocoEvaluation, metrics: Mapping[str, float]) -> None:
+    """Write metrics.json, detections.json and the pictures to a folder, here or in an object store.
 
     Raises:
         RaydetError: the folder cannot be made or written.

@@ -85,7 +85,7 @@ def claimed(folder: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
         raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
     with file:
         deadline = time.monotonic() + wait_s
-        while not _locked(file.fileno()):
+        while not locked(file.fileno()):
             if time.monotonic() >= deadline:
                 file.seek(0)
                 raise RaydetError(
@@ -99,7 +99,7 @@ def claimed(folder: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _locked(file: int) -> bool:
+def locked(file: int) -> bool:
     """Lock a file; return whether that is done, or cannot be done here."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

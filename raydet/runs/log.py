@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from raydet.data.problems import Problems
 from raydet.errors import RaydetError
 from raydet.evaluation.coco import MAIN_METRIC
-from raydet.store import write_aside
+from raydet.store import Store, write_aside
 from raydet.visualization import Shown, sheet, write_picture
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,10 +35,14 @@ def parse_metrics(line: str | bytes) -> dict[str, float] | None:
     return numbers if {"step", "epoch"} <= numbers.keys() else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl without the damaged ones; none where there is no such file."""
-    path = folder / METRICS_FILE
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """Return the lines of a run's metrics.jsonl without the damaged ones; none where there is no such file.
+
+    Args:
+        folder: path or address of the run's folder.
+    """
+    run = Store(folder)
+    lines = run.read(METRICS_FILE).split(b"\n") if run.kind(METRICS_FILE) == "file" else []
     return [values for line in lines if (values := parse_metrics(line)) is not None]
 
 

@@ -14,18 +14,23 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
+from raydet.data import cache
 from raydet.errors import RaydetError
-from raydet.runs.folder import STOP, local_folder
-from raydet.store import Store, is_uri
+from raydet.runs.folder import LOCK, STOP, local_folder, locked
+from raydet.store import Store, above, is_uri
 
 logger = logging.getLogger(__name__)
 PUSH_EVERY_S = 3.0
 _LOGS = ("log.txt", "metrics.jsonl")
 _CONFIG = "config.json"
+_PREFIX = "raydet-run-"  # of the folders of workers
 _WEIGHTS = "model.safetensors"
+_KEPT_S = 7 * 24 * 3600.0  # after its last use a copy of a run stays so long
 _LARGE = (_WEIGHTS, "training.pt", ".parquet", ".onnx")
 
 
@@ -35,7 +40,7 @@ class Mirror:
     Args:
         folder: folder on this machine.
         address: address of the folder in the store; None: there is none, and nothing to do.
-        ignored: names at the top of the folder that are not brought to the store.
+        ignored: names at the top of the folder that are neither brought to the store nor here.
     """
 
     def __init__(self, folder: Path, address: str | None, ignored: tuple[str, ...] = ()):
@@ -52,9 +57,9 @@ class Mirror:
         """
         if self.store is None or self.store.kind() != "folder":
             return
-        for name, (size, changed) in self.store.files(recursive=True, hidden=True).items():
+        for name, (size, changed) in self.store.files(recursive=True).items():
             path = self.folder / name
-            if not wanted(name):
+            if not wanted(name) or name.split("/")[0] in self._ignored:
                 continue
             if not (path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (size, changed)):
                 Store(self.folder).write(name, self.store.read(name))
@@ -74,7 +79,8 @@ class Mirror:
         """
         if self.store is None:
             return
-        there = self.store.files(recursive=True, hidden=True) if self.store.kind() == "folder" else {}
+        _remove_old_copies(self.folder)
+        there = self.store.files(recursive=True) if self.store.kind() == "folder" else {}
         for name, path in list(_files(self.folder)):
             if there.get(name) != _state(path):
                 path.unlink()
@@ -104,6 +110,11 @@ class Mirror:
         for name in sorted(set(self._known) - set(found), key=lambda name: not name.endswith(_CONFIG)):
             self.store.delete(name)
             del self._known[name]
+
+    def is_pushed(self) -> bool:
+        """Does the store hold all that is here?"""
+        found = {name: _state(path) for name, path in _files(self.folder) if name.split("/")[0] not in self._ignored}
+        return found == self._known
 
     @contextlib.contextmanager
     def pushing(self) -> Iterator[None]:
@@ -161,31 +172,68 @@ class Mirror:
 def worker_folder(address: str, rank: int) -> Iterator[Path]:
     """Give a worker a folder with what its run needs to go on, and bring what it writes there to the store.
 
+    The folder is removed at the end, and so are those that workers left here that were killed. It stays where the store
+    does not hold all that is in it.
+
     Args:
         address: address of the run in the store.
         rank: rank of the worker; the log and the metrics are rank 0's.
 
     Raises:
-        RaydetError: the store cannot be reached; the folder stays.
+        RaydetError: the store cannot be reached.
     """
     from raydet.runs import checkpoint
 
-    folder = Path(tempfile.mkdtemp(prefix="raydet-run-"))
-    mirror = Mirror(folder, address, () if rank == 0 else _LOGS)
-    mirror.refresh()
-    for path in sorted(folder.glob("checkpoint_*"), reverse=True):
-        mirror.pull_checkpoint(path.name, training=True)
-        if (path / checkpoint.TRAINING).exists() and checkpoint.damage(path) is None:
-            break
-    if rank == 0:  # may have to average the best
-        mirror.pull(lambda name: name.startswith("checkpoint_") and name.endswith(_WEIGHTS))
-    with mirror.pushing():
-        yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_left()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    with (folder / f"{LOCK}.new").open("w") as lock:
+        locked(lock.fileno())
+        Path(lock.name).rename(folder / LOCK)  # which nobody has seen without the lock on it
+        mirror = Mirror(folder, address, () if rank == 0 else _LOGS)
+        mirror.refresh()
+        for path in sorted(folder.glob("checkpoint_*"), reverse=True):
+            mirror.pull_checkpoint(path.name, training=True)
+            if (path / checkpoint.TRAINING).exists() and checkpoint.damage(path) is None:
+                break
+        if rank == 0:  # may have to average the best
+            mirror.pull(lambda name: name.startswith("checkpoint_") and name.endswith(_WEIGHTS))
+        try:
+            with mirror.pushing():
+                yield folder
+        finally:
+            if mirror.is_pushed():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                (folder / LOCK).unlink()  # the next worker lets it be
+
+
+def _remove_left() -> None:
+    """Remove the folders of workers on this machine that were killed: nobody holds their locks."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{LOCK}"):
+        _remove_unless_held(lock.parent, lock)
+
+
+def _remove_old_copies(used: Path) -> None:
+    """Remove this machine's copies of runs that no command has used for a week; `used` is used now."""
+    copies = cache.folder().resolve() / "runs"
+    if copies not in used.parents:  # a worker's folder
+        return
+    used.parent.mkdir(parents=True, exist_ok=True)
+    os.utime(used.parent)
+    for copy in copies.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another command has removed it
+            if time.time() - copy.stat().st_mtime > _KEPT_S:
+                _remove_unless_held(copy, next(copy.glob(f"*/{LOCK}"), None))
+
+
+def _remove_unless_held(folder: Path, lock: Path | None) -> None:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # another user's, or removed since
+        if lock is None or locked(stack.enter_context(lock.open("a")).fileno()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
+def opened(path: str | Path, *, weights: bool = True, more: str = "") -> Iterator[Path]:
     """Give the local path of a run, a checkpoint or a file; of one in a store that of a copy.
 
     What is written into the copy is brought to the store at the end.
@@ -194,6 +242,7 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
         path: local path or address of a run or a checkpoint; or, where nothing has this path, the name of a model,
             which means its published COCO weights.
         weights: bring the weights of the checkpoint as well; of a run, those of the best checkpoint.
+        more: pattern of further files of that checkpoint to bring, such as "candidates-*.parquet".
 
     Raises:
         RaydetError: there is nothing, or the store cannot be reached.
@@ -219,24 +268,34 @@ def opened(path: str | Path, *, weights: bool = True) -> Iterator[Path]:
         raise RaydetError(f"{address}: no such file or folder")
     name = local_folder(address).name
     if kind == "file":
-        above = Mirror(local_folder(_above(address)), _above(address))
-        above.pull({name, *([_CONFIG] if name == _WEIGHTS else [])}.__contains__)
-        yield above.folder / name
+        parent, _ = above(address)
+        mirror = Mirror(local_folder(parent), parent)
+        mirror.pull({name, *([_CONFIG] if name == _WEIGHTS else [])}.__contains__)
+        yield mirror.folder / name
         return
     inside = store.kind(_CONFIG) == "file"  # a checkpoint, whose run is the folder above
-    run = _above(address) if inside else address
+    run = above(address)[0] if inside else address
     mirror = Mirror(local_folder(run), run)
     mirror.refresh()
     local = mirror.folder / name if inside else mirror.folder
     if weights:
-        mirror.pull_checkpoint(checkpoint.find(local).name)
+        found = checkpoint.find(local).name
+        mirror.pull_checkpoint(found)
+        if more:
+            mirror.pull(lambda name: fnmatch(name, f"{found}/{more}"))
     yield local
     mirror.push()
 
 
-def _above(address: str) -> str:
-    place, question, query = address.partition("?")
-    return f"{place.rstrip('/').rpartition('/')[0]}{question}{query}"
+def address_of(path: str | Path, local: Path) -> str | Path:
+    """Return where a file or folder is kept that lies in what `opened(path)` gives: its address, or the path here."""
+    if not is_uri(path):
+        return local
+    for address in (str(path), above(path)[0]):
+        folder = local_folder(address)
+        if local.is_relative_to(folder):
+            return Store(address).path(local.relative_to(folder).as_posix()) if local != folder else address
+    return local
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydet.cluster import connect, label_selector, workers_on
+from raydet.cluster import alive_nodes, check_seen, connect, data_nodes, label_selector, worker_nodes, workers_on
 from raydet.data.samples import Samples
 from raydet.data.stream import DataTasks
 from raydet.errors import RaydetError, user_error
 from raydet.reports.terminal import LiveTable, follow
-from raydet.runs.folder import STOP
+from raydet.runs.folder import STOP, run_address
 from raydet.training.beside import Resources
 from raydet.training.job import Job, Run
 from raydet.training.worlds import Handed, worker
@@ -77,6 +77,7 @@ def on_ray(
         if coming:
             say("waiting for nodes that the cluster's autoscaler starts, up to half an hour")
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+        _check_paths(job, streams)
         handed = Handed(
             loop=loop,
             job=ray.put(job),
@@ -115,6 +116,17 @@ def on_ray(
             ),
         )
         return _fit(trainer, job.folder / STOP, say)
+
+
+def _check_paths(job: Job, streams: Sequence[Samples | None]) -> None:
+    """Raise RaydetError if a node does not have a local path that it will need."""
+    scale, nodes = job.recipe.scale, alive_nodes()
+    if job.criterion is not None and run_address(job.recipe) is None:
+        check_seen("storage", str(job.folder), worker_nodes(scale, nodes), "recipe.yaml")
+    for samples in filter(None, streams):
+        index = samples.index
+        image = "" if int(index.shards[0]) >= 0 else index.table["path"][0].as_py()
+        check_seen("data.root", index.root, data_nodes(scale, nodes), image)
 
 
 def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -178,6 +179,8 @@ def worker(config: Mapping[str, Handed]) -> Any:
     job: Job = ray.get(handed.job)
     with contextlib.ExitStack() as stack:
         if job.criterion is None:  # an evaluation, which writes nothing that lasts
+            if not job.folder.is_dir():  # it is on the driver's node
+                job = replace(job, folder=Path(stack.enter_context(TemporaryDirectory(prefix="raydet-"))))
             log = RunLog(job.folder)
             stack.enter_context(warnings_said(log.say))
             return handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 
 from raydet.boxes import place, xyxy_to_xywh
 from raydet.data.index import Index
+from raydet.devices import gathered
 from raydet.errors import RaydetError
 from raydet.evaluation.matching import BoxTable, Ints
 from raydet.postprocess import Candidates, PostPrediction
@@ -38,8 +37,12 @@ _SCHEMA = pa.schema(
 )
 
 
-def candidates_loop(run: Run) -> None:
-    """Keep the candidates of this rank's validation images as part-{rank}.parquet in the folder of the job."""
+def candidates_loop(run: Run) -> bytes | None:
+    """Compute the candidates of the validation images.
+
+    Returns:
+        A Parquet file of all candidates on rank 0, None on the other ranks.
+    """
     model, job = on_device(run), run.job
     every = job.recipe.eval.model_copy(update={"score": FLOOR, "multi_label": True, "nms_top_k": None})
     callback = post_prediction(model, every)
@@ -50,30 +53,29 @@ def candidates_loop(run: Run) -> None:
             Candidates(*(part[one.scores.topk(min(TOP_K, len(one.scores))).indices] for part in one)) for one in found
         ]
 
-    with pq.ParquetWriter(job.folder / f"part-{run.world.rank}.parquet", _SCHEMA) as writer:
-        for row, _, one in Validation.of(run).outputs(model, best):
-            boxes, scores, labels, points = (part.cpu().numpy() for part in one)
-            values = [[row], [boxes.ravel()], [scores], [labels], [points]]
-            arrays = [pa.array(value, field.type) for value, field in zip(values, _SCHEMA, strict=True)]
-            writer.write_table(pa.table(arrays, schema=_SCHEMA))
+    rows = []
+    for row, _, one in Validation.of(run).outputs(model, best):
+        boxes, scores, labels, points = (part.cpu().numpy() for part in one)
+        values = [[row], [boxes.ravel()], [scores], [labels], [points]]
+        arrays = [pa.array(value, field.type) for value, field in zip(values, _SCHEMA, strict=True)]
+        rows.append(pa.table(arrays, schema=_SCHEMA))
+    parts = gathered(_parquet(pa.concat_tables([_SCHEMA.empty_table(), *rows])))
+    return None if parts is None else _parquet(pa.concat_tables(map(read_parquet, parts)).sort_by("row"))
 
 
-def keep(parts: Path, file: Path) -> None:
-    """Join the parts that the ranks have written to one file, which appears whole."""
-    tables = [read_parquet(path) for path in sorted(parts.glob("part-*.parquet"))]
-    table = pa.concat_tables(tables).sort_by("row")
-    partial = parts / "candidates.parquet"
-    pq.write_table(table, partial, compression="zstd")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(partial, file.with_suffix(".partial"))
-    file.with_suffix(".partial").replace(file)
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 class CandidateSet:
-    """The candidates of a validation set.
+    """The candidates of a validation set. It can be sent to processes on other nodes.
 
     Args:
-        file: file that `keep` wrote.
+        content: Parquet file, as `candidates_loop` returns it.
+        name: path of that file, for messages.
         index: index of the images.
         size: (height, width) of the model's input in pixels.
         resize: how images are fitted into it.
@@ -82,20 +84,20 @@ class CandidateSet:
         RaydetError: the file is damaged, or of other images.
     """
 
-    def __init__(self, file: Path, index: Index, size: tuple[int, int], resize: Any):
+    def __init__(self, content: bytes, name: str, index: Index, size: tuple[int, int], resize: Any):
         try:
-            table = read_parquet(file).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise RaydetError(f"{file} cannot be read: {error}; remove it to compute it again") from None
+            table = read_parquet(content).combine_chunks()
+        except pa.ArrowException as error:
+            raise RaydetError(f"{name} cannot be read: {error}; remove it to compute it again") from None
         if table["row"].to_pylist() != list(range(len(index))):
-            raise RaydetError(f"{file} is not of the {len(index)} images of the data; remove it to compute it again")
+            raise RaydetError(f"{name} is not of the {len(index)} images of the data; remove it to compute it again")
         column = {name: table[name].chunk(0) for name in _SCHEMA.names[1:]}
         ends = column["scores"].offsets.to_numpy()
         values = [column[name].values.to_numpy() for name in _SCHEMA.names[1:]]
         boxes, scores, labels, points = (torch.from_numpy(value.copy()) for value in values)
         parts = (boxes.view(-1, 4), scores, labels.long(), points.long())
         self.index = index
-        self._arguments = (file, index, size, resize)
+        self._arguments = (content, name, index, size, resize)
         self._images = [Candidates(*(part[low:high] for part in parts)) for low, high in pairwise(ends.tolist())]
         # In pixels of the original image, as detections are measured.
         original = [

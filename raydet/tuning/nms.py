@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,16 @@ from raydet.models.download import is_published
 from raydet.predict.predictor import post_prediction
 from raydet.recipe import Eval, Recipe
 from raydet.runs import checkpoint
-from raydet.runs.mirror import opened
+from raydet.runs.mirror import address_of, opened
 from raydet.runs.published import own_recipe
 from raydet.store import Store
 from raydet.training.job import Job
 from raydet.training.validation import PROGRESS_EVERY_S
-from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop, keep
+from raydet.tuning.candidates import FLOOR, TOP_K, CandidateSet, candidates_loop
 from raydet.tuning.thresholds import OF_NMS, SPACE, Comparison, Search, Setting, groups
 
 PICTURE, TABLE = "tune_nms.png", "tune_nms.json"
+CANDIDATES = "candidates-{}.parquet"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tuned:
         comparison: the winner beside the default on the held-out images.
         values: value of each setting on the images that were searched on, best first.
         seconds: time of the search, without that of the candidates.
-        folder: folder of the table and the picture.
+        folder: path or address of the folder of the table and the picture.
         not_stored: why the checkpoint does not get them; empty: it has them, or no better ones were found.
         has_nms: whether settings of NMS are among those that were searched.
     """
@@ -58,7 +58,7 @@ class Tuned:
     comparison: Comparison
     values: list[tuple[float, Setting]]
     seconds: float
-    folder: Path
+    folder: str | Path
     not_stored: str = ""
     has_nms: bool = True
 
@@ -114,7 +114,8 @@ def tune_nms(
         precision: only settings by which at least this share of the detections is right at IoU 0.50; None: any.
         trials: number of settings to try.
         seed: seed of the settings, of the halves of the images and of the bootstrap.
-        out: folder for the table and the picture; None: the checkpoint's, or for a weights file this one.
+        out: path or address of the folder for the table and the picture; None: the checkpoint's, or for a weights file
+            this one.
         debug: run in this process, without Ray.
         device: device to run on, with `debug`.
         verbose: let Ray print what its workers print.
@@ -126,13 +127,14 @@ def tune_nms(
     if trials < 1:
         raise RaydetError(f"trials is {trials}: it must be at least 1")
     recipe = own_recipe(path, recipe)
-    with opened(path) as local:
+    with opened(path, more=CANDIDATES.format("*")) as local:
         job, index = open_evaluation(local, recipe, model, overrides, say, trust_code)
         # Published weights are a checkpoint for the time of this command: what is found is not stored in them.
         source = checkpoint.find(local) if local.is_dir() and not is_published(path) else None
         weights = local / checkpoint.WEIGHTS if local.is_dir() else local
         file = _candidates(source or weights, job, index, debug, device, verbose, say)
-        candidates = CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
+        content = Store(file.parent).read(file.name)
+        candidates = CandidateSet(content, str(file), index, job.config.image_size, job.config.preprocessing.resize)
         has_nms = post_prediction(job.model, job.recipe.eval).has_nms
         if not has_nms:
             say(f"the model has no NMS: {', '.join(OF_NMS)} are left out of the search")
@@ -162,7 +164,7 @@ def tune_nms(
             not_stored = _why_not_stored(source, job)
             if source is not None and not not_stored:
                 checkpoint.set_thresholds(source, thresholds)
-        folder = Path(out) if out is not None else source or Path()
+        folder = out or (address_of(path, source) if source is not None else Path())
         tuned = Tuned(thresholds, winner, comparison, values, seconds, folder, not_stored, has_nms)
         _write(tuned, search)
         return tuned
@@ -187,13 +189,13 @@ def _candidates(
     digest.update(index.save())
     digest.update(repr((job.config.image_size, job.config.preprocessing, FLOOR, TOP_K)).encode())
     folder = source if source.is_dir() else cache.folder()
-    file = folder / f"candidates-{digest.hexdigest()[:16]}.parquet"
+    file = folder / CANDIDATES.format(digest.hexdigest()[:16])
     if file.is_file():
         say(f"candidates of an earlier search: {file}")
         return file
     began = time.monotonic()
-    then = partial(keep, file=file)
-    run_evaluation(candidates_loop, job, debug, device, verbose, say, then)
+    content = run_evaluation(candidates_loop, job, debug, device, verbose, say)
+    Store(folder).write(file.name, content)
     say(f"candidates of {len(index)} images in {time.monotonic() - began:.1f} s: {file}")
     return file
 

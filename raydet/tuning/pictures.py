@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from raydet.recipe import Space
-from raydet.store import Store
+from raydet.store import Store, join
 from raydet.tuning.trials import Trial, short
 
 COORDINATES, IMPORTANCE = "parallel_coordinates.png", "importance.png"
@@ -24,21 +24,21 @@ _MIN_TRIALS = 3  # fewest trials whose correlation says something
 _Floats = npt.NDArray[np.float64]
 
 
-def draw(trials: Sequence[Trial], space: Mapping[str, Space], watch: str, folder: Path) -> list[Path]:
+def draw(trials: Sequence[Trial], space: Mapping[str, Space], watch: str, folder: str | Path) -> list[str | Path]:
     """Draw a sweep's trials and the importance of its settings; return the pictures' paths.
 
     Args:
         trials: trials that something was measured of, best first.
         space: settings that the sweep tries.
         watch: metric by which trials are compared.
-        folder: folder for the pictures.
+        folder: path or address of the folder for the pictures.
     """
     figures = {COORDINATES: _coordinates(trials, space, watch), IMPORTANCE: _importance(trials, space, watch)}
     for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         Store(folder).write(name, picture.getvalue())
-    return [folder / name for name in figures]
+    return [join(folder, name) for name in figures]
 
 
 def _coordinates(trials: Sequence[Trial], space: Mapping[str, Space], watch: str) -> Figure:

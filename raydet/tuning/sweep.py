@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ray import tune as ray_tune
 from torch import nn
 
 from raydet.api import train
-from raydet.cluster import check_kept, connect, prepare_tune, share_of_cluster
+from raydet.cluster import alive_nodes, check_kept, check_seen, connect, prepare_tune, share_of_cluster
 from raydet.data.formats import load_index
 from raydet.data.index import Index
 from raydet.data.problems import Problems
@@ -32,8 +32,9 @@ from raydet.models.download import local_weights
 from raydet.recipe import Recipe, Space, Tune, describe, differences, override
 from raydet.recipe import load as load_recipe
 from raydet.runs import checkpoint
-from raydet.runs.folder import claimed, run_folder
-from raydet.store import Store, is_uri
+from raydet.runs.folder import claimed, run_address, run_folder
+from raydet.runs.owner import owned
+from raydet.store import Store, above, is_uri, join
 from raydet.training.prepare import make_job
 from raydet.tuning.pictures import draw
 from raydet.tuning.trials import (
@@ -50,6 +51,7 @@ from raydet.tuning.trials import (
 )
 
 BEST, TRIALS = "best_recipe.yaml", "trials.json"
+_RECIPE = "recipe.yaml"
 _SUFFIX = "-tune"
 _ENDING_S = 60.0  # for the processes of a driver that was killed
 _NOTES = "ray"  # Ray Tune's folder in that of the sweep, while it is not finished
@@ -61,17 +63,17 @@ class Sweep:
     """What a sweep has found.
 
     Attributes:
-        folder: folder of the sweep, in which each trial's run has a folder.
-        recipe: recipe of the best trial, for `raydet train`.
+        folder: path or address of the folder of the sweep, in which each trial's run has a folder.
+        recipe: path or address of the recipe of the best trial, for `raydet train`.
         trials: all trials, best first.
-        pictures: pictures of the sweep.
+        pictures: paths or addresses of the pictures of the sweep.
         finished_before: the sweep had been finished already, and nothing was done.
     """
 
-    folder: Path
-    recipe: Path
+    folder: str | Path
+    recipe: str | Path
     trials: list[Trial]
-    pictures: list[Path]
+    pictures: list[str | Path]
     finished_before: bool = False
 
 
@@ -104,27 +106,26 @@ def tune(
     settings = load_recipe(recipe, overrides)
     _check_space(settings)
     check_kept(settings.storage, "storage")
-    if is_uri(settings.storage):
-        raise RaydetError(f"storage: {settings.storage}: a sweep needs a folder that all nodes share")
     if settings.scale.async_validation:  # whose results do not reach Ray Tune
         say("scale.async_validation is off in a sweep")
         settings = settings.model_copy(update={"scale": settings.scale.model_copy(update={"async_validation": False})})
-    folder = run_folder(settings)
-    folder = folder.with_name(folder.name + _SUFFIX)
-    with claimed(folder, "raydet tune"):
+    named = settings.model_copy(update={"name": settings.name and settings.name + _SUFFIX})
+    address, copy = run_address(named), run_folder(named)
+    with claimed(copy, "raydet tune"), owned(address, "raydet tune"):
+        folder = address or copy
         own = {"model": model, "loss": loss, "train_data": train_data, "val_data": val_data}
         return _sweep(settings, folder, own, verbose, live, say)
 
 
 def _sweep(
-    settings: Recipe, folder: Path, own: dict[str, Any], verbose: bool, live: bool, say: Callable[[str], Any]
+    settings: Recipe, folder: str | Path, own: dict[str, Any], verbose: bool, live: bool, say: Callable[[str], Any]
 ) -> Sweep:
     """Run a sweep in its folder, which is this command's alone; `own`: arguments of `raydet.train`."""
     _open(folder, settings)
+    store, best_recipe = Store(folder), join(folder, BEST)
     space, watch, epochs = settings.tune.space, settings.eval.watch, settings.train.epochs
-    if (folder / BEST).is_file():
-        trials = from_json((folder / TRIALS).read_text())
-        return Sweep(folder, folder / BEST, trials, [], finished_before=True)
+    if store.kind(BEST) == "file":
+        return Sweep(folder, best_recipe, from_json(store.text(TRIALS)), [], finished_before=True)
     problems = {split: Problems(settings.data.on_error, settings.data.max_errors) for split in ("train", "val")}
     train_index, val_index = own["train_data"], own["val_data"]
     train_index = train_index if train_index is not None else load_index(settings.data, "train", problems["train"])
@@ -145,19 +146,25 @@ def _sweep(
         # Ray Train must not replace lost workers: when Ray Tune ends a trial, its workers may be gone before their
         # controller, and the resources of new ones would never come back. Ray Tune starts such a trial again.
         scale = scale.model_copy(update={"max_failures": 0})
-        track = settings.track.model_copy(update={"wandb_group": settings.track.wandb_group or folder.name})
+        track = settings.track.model_copy(update={"wandb_group": settings.track.wandb_group or above(folder)[1]})
         shared = {"scale": scale, "track": track, "storage": str(folder)}
         base = _anywhere(settings).model_copy(update=shared)
+        nodes = alive_nodes()
+        check_seen("storage", str(folder), nodes, _RECIPE)
+        if base.model.weights is not None and Path(base.model.weights).is_absolute():
+            check_seen("model.weights", base.model.weights, nodes)
         trainable = ray_tune.with_parameters(run_trial, base=base, own=own, loaded=loaded)
         # A trial waits for its workers, which have their CPUs; a share of one more would be missed by the data tasks.
         trainable = ray_tune.with_resources(trainable, {"memory": 1})
         board = stack.enter_context(Board(space, watch, epochs, live, say, folder))
-        notes = folder / _NOTES
-        if any(notes.glob("experiment_state-*.json")):
+        if store.kind(_NOTES) and any(name.startswith("experiment_state-") for name in store.files(_NOTES)):
             say(f"going on with the sweep in {folder}")
-            tuner = ray_tune.Tuner.restore(str(notes), trainable, resume_unfinished=True, resume_errored=True)
+            files, notes = store.arrow(_NOTES)
+            tuner = ray_tune.Tuner.restore(
+                notes, trainable, resume_unfinished=True, resume_errored=True, storage_filesystem=files
+            )
         else:
-            tuner = _new(trainable, settings, concurrent, notes, board)
+            tuner = _new(trainable, settings, concurrent, store, board)
         say(f"trials in {folder}, {concurrent} at once")
         with _interruptible(say) as interrupted:
             tuner.fit()
@@ -171,11 +178,11 @@ def _sweep(
     best = load_recipe(settings, [override(key, value) for key, value in measured[0].values.items()])
     best = best.model_copy(update={"name": f"{settings.name}-best", "tune": Tune()})
     pictures = draw(measured, space, watch, folder)
-    Store(folder).write(TRIALS, to_json(trials).encode())
-    Store(folder).write(BEST, describe(best).encode())
-    for notes in (folder / _NOTES, *folder.glob(f"trial_*/{_NOTES}")):
-        shutil.rmtree(notes, ignore_errors=True)
-    return Sweep(folder, folder / BEST, trials, pictures)
+    store.write(TRIALS, to_json(trials).encode())
+    store.write(BEST, describe(best).encode())
+    for notes in (_NOTES, *(f"{trial.name}/{_NOTES}" for trial in trials)):
+        store.remove(notes)
+    return Sweep(folder, best_recipe, trials, pictures)
 
 
 def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded: dict[str, Any]) -> None:
@@ -194,30 +201,38 @@ def run_trial(config: dict[str, Any], base: Recipe, own: dict[str, Any], loaded:
     recipe = load_recipe(base, [override(key, value) for key, value in values.items()])
     recipe = recipe.model_copy(update={"name": name, "tune": Tune()})
     same_data = recipe.data.model_copy(update={"image_size": base.data.image_size}) == base.data
-    folder = run_folder(recipe)
-    with claimed(folder, "raydet tune", _ENDING_S):  # a driver that was killed leaves trials that end soon
+    address, copy = run_address(recipe), run_folder(recipe)
+    run = Store(address or copy)
+    # A driver that was killed leaves trials that end soon.
+    with claimed(copy, "raydet tune", _ENDING_S), owned(address, "raydet tune", _ENDING_S):
         pass
-    if (folder / VALUES).is_file() and json.loads((folder / VALUES).read_text()) != values:
-        shutil.rmtree(folder)  # left by a sweep that was killed before it had noted this trial
-    folder.mkdir(parents=True, exist_ok=True)
-    Store(folder).write(VALUES, (json.dumps(values) + "\n").encode())
-    (folder / ERROR).unlink(missing_ok=True)
-    trained = _position(folder)
+    if run.kind(VALUES) and json.loads(run.text(VALUES)) != values:
+        run.remove()  # left by a sweep that was killed before it had noted this trial
+    run.write(VALUES, (json.dumps(values) + "\n").encode())
+    run.delete(ERROR)
+    trained = _position(run)
     try:
         train(recipe, **(loaded if same_data else own), callbacks=[TuneReportCallback()], say=_nothing)
     except RaydetError as error:  # no new start would cure it
-        Store(folder).write(ERROR, str(error).encode())
+        run.write(ERROR, str(error).encode())
         return
-    if _position(folder) == trained:  # it was at its end, and the sweep was killed before it had noted that
-        found = read_trial(folder, recipe.eval.watch)
+    finally:
+        if not run.is_local:  # the copy of this trial on this node, which nobody else needs
+            shutil.rmtree(copy.parent, ignore_errors=True)
+    if _position(run) == trained:  # it was at its end, and the sweep was killed before it had noted that
+        found = read_trial(base.storage, name, recipe.eval.watch)
         value = found.value if found.value is not None else math.nan
         ray_tune.report({f"val/{recipe.eval.watch}": value, "epoch": found.epoch})
 
 
-def _position(folder: Path) -> int:
-    """Return the samples that a trial has been trained on."""
-    last, _ = checkpoint.latest(folder)
-    return checkpoint.position(last) if last is not None else 0
+def _position(run: Store) -> int:
+    """Return the samples that a trial has been trained on, as its checkpoints say."""
+    trained = 0
+    for name in run.files(recursive=True):
+        if name.endswith(f"/{checkpoint.CONFIG}"):
+            with suppress(ValueError, KeyError):  # it is damaged
+                trained = max(trained, json.loads(run.text(name))["position"])
+    return trained
 
 
 def _anywhere(settings: Recipe) -> Recipe:
@@ -227,9 +242,9 @@ def _anywhere(settings: Recipe) -> Recipe:
         return path if path is None or is_uri(path) else str(Path(path).expanduser().resolve())
 
     weights = settings.model.weights
-    model = settings.model.model_copy(
-        update={"weights": absolute(weights and str(local_weights(weights, settings.model.name)))}
-    )
+    if weights is not None and str(local_weights(weights, settings.model.name)) == weights:
+        weights = absolute(weights)  # of published weights the name: each node has its own copy of the file
+    model = settings.model.model_copy(update={"weights": weights})
     data = settings.data.model_copy(update={"root": absolute(settings.data.root)})
     return settings.model_copy(update={"model": model, "data": data})
 
@@ -259,11 +274,11 @@ def _check_space(settings: Recipe) -> None:
                 raise RaydetError(f"tune.space: {error}") from None
 
 
-def _open(folder: Path, settings: Recipe) -> None:
+def _open(folder: str | Path, settings: Recipe) -> None:
     """Make the sweep's folder, or check that it is of the same sweep."""
-    told = folder / "recipe.yaml"
-    if told.is_file():
-        earlier = load_recipe(told)
+    store = Store(folder)
+    if store.kind(_RECIPE):
+        earlier = load_recipe(join(folder, _RECIPE))
         changed = differences(settings, earlier)
         mine, other = settings.tune.model_dump(mode="json"), earlier.tune.model_dump(mode="json")
         changed += [
@@ -276,16 +291,13 @@ def _open(folder: Path, settings: Recipe) -> None:
                 f"{folder} is a sweep with other settings ({'; '.join(changed)}); "
                 "choose another name=…, or remove the folder"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Store(folder).write(told.name, describe(settings).encode())
-    except OSError as error:
-        raise RaydetError(f"storage: {folder} cannot be made or written ({error.strerror})") from None
+    store.write(_RECIPE, describe(settings).encode())
 
 
-def _new(trainable: Any, settings: Recipe, concurrent: int, notes: Path, board: Board) -> Any:
-    """Return a Tuner of a sweep that begins."""
+def _new(trainable: Any, settings: Recipe, concurrent: int, store: Store, board: Board) -> Any:
+    """Return a Tuner of a sweep that begins in a folder or bucket, `store`."""
     sweep = settings.tune
+    files, place = store.arrow()
     return ray_tune.Tuner(
         trainable,
         param_space={key: _domain(among, sweep.search) for key, among in sweep.space.items()},
@@ -299,8 +311,9 @@ def _new(trainable: Any, settings: Recipe, concurrent: int, notes: Path, board: 
             time_budget_s=sweep.hours * 3600 if sweep.hours is not None else None,
         ),
         run_config=ray_tune.RunConfig(
-            name=notes.name,
-            storage_path=str(notes.parent),
+            name=_NOTES,
+            storage_path=place,
+            storage_filesystem=files,
             failure_config=ray_tune.FailureConfig(max_failures=settings.scale.max_failures),
             callbacks=[board],
             verbose=0,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray.tune.progress_reporter import TrialProgressCallback
@@ -16,7 +16,7 @@ from rich.table import Table
 from raydet.errors import user_error
 from raydet.recipe import Space
 from raydet.runs.log import read_metrics
-from raydet.store import Store
+from raydet.store import Store, join
 
 VALUES, ERROR, SUMMARY = "values.json", "error.txt", "summary.json"  # files of a trial's folder
 
@@ -55,20 +55,30 @@ def drawn(space: Mapping[str, Space], config: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def read_trials(folder: Path, watch: str) -> list[Trial]:
+def read_trials(folder: str | Path, watch: str) -> list[Trial]:
     """Return the trials in a sweep's folder whose training has ended, the best first."""
-    return sorted((read_trial(values.parent, watch) for values in folder.glob(f"trial_*/{VALUES}")), key=_rank)
+    files = (PurePosixPath(name) for name in Store(folder).files(recursive=True))
+    names = [file.parts[0] for file in files if file.match(f"trial_*/{VALUES}") and len(file.parts) == 2]
+    return sorted((read_trial(folder, name, watch) for name in names), key=_rank)
 
 
-def read_trial(run: Path, watch: str) -> Trial:
-    """Return a trial whose training has ended, from its folder: what a process knew of it may have died with it."""
-    values = json.loads((run / VALUES).read_text()) if (run / VALUES).is_file() else {}
-    lines = read_metrics(run)
+def read_trial(folder: str | Path, name: str, watch: str) -> Trial:
+    """Return a trial whose training has ended, from its folder: what a process knew of it may have died with it.
+
+    Args:
+        folder: path or address of the folder of the sweep.
+        name: name of the trial's folder in it.
+        watch: metric by which trials are compared.
+    """
+    run = Store(join(folder, name))
+    there = run.files() if run.kind() == "folder" else {}
+    values = json.loads(run.text(VALUES)) if VALUES in there else {}
+    lines = read_metrics(run.root)
     measured = [line[f"val/{watch}"] for line in lines if f"val/{watch}" in line]
-    error = (run / ERROR).read_text() if (run / ERROR).is_file() else ""
-    state = "failed" if error else "finished" if (run / SUMMARY).is_file() else "stopped early"
+    error = run.text(ERROR) if ERROR in there else ""
+    state = "failed" if error else "finished" if SUMMARY in there else "stopped early"
     epoch = int(max((line["epoch"] for line in lines), default=0))
-    return Trial(run.name, values, state, epoch, max(measured, default=None), error)
+    return Trial(name, values, state, epoch, max(measured, default=None), error)
 
 
 def table(trials: Sequence[Trial], watch: str, epochs: int, rows: int) -> Table:
@@ -125,7 +135,7 @@ class Board(TrialProgressCallback):  # type: ignore[misc]
         epochs: number of epochs of a trial.
         live: redraw a table in the terminal.
         say: takes lines, without a table.
-        folder: folder of the sweep.
+        folder: path or address of the folder of the sweep.
     """
 
     def __init__(
@@ -135,7 +145,7 @@ class Board(TrialProgressCallback):  # type: ignore[misc]
         epochs: int,
         live: bool,
         say: Callable[[str], Any],
-        folder: Path,
+        folder: str | Path,
     ):
         super().__init__()
         self._space, self._watch, self._epochs, self._say, self._folder = space, watch, epochs, say, folder
@@ -187,7 +197,7 @@ class Board(TrialProgressCallback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say why it failed."""
         name, error = folder_name(trial.trial_id), _error_of(trial)
-        Store(self._folder / name).write(ERROR, error.encode())
+        Store(self._folder).write(f"{name}/{ERROR}", error.encode())
         self._tell(f"{name} failed: {error}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -222,7 +232,7 @@ class Board(TrialProgressCallback):  # type: ignore[misc]
         """Return a trial that has ended as its folder shows it; Ray Tune may have missed its last results."""
         name = folder_name(trial.trial_id)
         if name not in self._ended:
-            found = read_trial(self._folder / name, self._watch)
+            found = read_trial(self._folder, name, self._watch)
             self._ended[name] = replace(found, values=drawn(self._space, trial.config))
         return self._ended[name]
 

@@ -130,8 +130,3 @@ def test_a_report_is_written_anew_and_brought_there(run, fresh):
     fresh()
     assert command("report", address).returncode == 0
     assert b"<html" in Store(address).read("report.html")
-
-
-def test_a_sweep_says_what_it_needs(s3, shapes):
-    with pytest.raises(RaydetError, match="a sweep needs a folder that all nodes share"):
-        raydet.tune("demo", overrides=[f"storage={s3.uri('runs')}", f"data.root={shapes}"])

@@ -172,6 +172,10 @@ CASES = {
         f"boxes.{name} of tensors": (getattr(boxes, name), lambda n, t: (tensor(SIZES, t),))
         for name in ("cxcywh_to_xyxy", "xyxy_to_cxcywh", "xyxy_to_xywh", "xywh_to_xyxy")
     },
+    "boxes.coco_results": (
+        lambda xywh, scores: boxes.coco_results(IMAGES.tolist(), LABELS.tolist(), xywh, scores),
+        lambda n, t: (CORNERS.astype(n), SCORES.astype(n)),
+    ),
     "boxes.clip": (boxes.clip, lambda n, t: (CORNERS.astype(n), 50, 50)),
     **{
         f"boxes.place.undo {resize}": (boxes.place(100, 80, (64, 64), resize).undo, lambda n, t: (CORNERS.astype(n),))

@@ -1,15 +1,19 @@
 """A folder and its copy in an object store, a local S3 server."""
 
 import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from raydet.errors import RaydetError
 from raydet.recipe import load
 from raydet.runs import mirror as mirrors
-from raydet.runs.folder import STOP, local_folder, run_address, run_folder
+from raydet.runs.folder import STOP, claimed, local_folder, run_address, run_folder
 from raydet.runs.mirror import Mirror, opened, worker_folder
 from raydet.store import Store
 from tests.s3 import serve
@@ -231,6 +235,66 @@ def test_a_recipe_knows_where_its_run_is(monkeypatch, tmp_path):
     assert run_folder(recipe).name == "a"
     assert run_folder(recipe).is_relative_to(tmp_path.resolve())
     assert run_address(load("demo", [f"storage={tmp_path}"])) is None
-    with pytest.raises(RaydetError, match="async_validation needs a storage that all nodes share"):
-        load("demo", ["storage=s3://bucket/runs", "scale.async_validation=true"])
     assert os.environ["RAYDET_CACHE"] == str(tmp_path)
+
+
+LEAVE = """
+import os, signal, sys
+from pathlib import Path
+from raydet.runs.mirror import worker_folder
+with worker_folder(sys.argv[1], 0) as folder:
+    Path(folder, "log.txt").write_text("one")
+    print(folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_worker_left_is_removed_by_the_next_on_that_machine(s3, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    environment = os.environ | {"TMPDIR": str(tmp_path / "scratch")}
+    killed = subprocess.run(
+        [sys.executable, "-c", LEAVE, s3.uri(s3.run)], env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    left = Path(killed.stdout.strip())
+    assert (left / "log.txt").exists()
+    with worker_folder(s3.uri(s3.run), 0) as first, worker_folder(s3.uri(s3.run), 1) as second:
+        assert not left.exists()
+        assert first.exists(), "its worker lives"
+        assert second.exists()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_worker_that_failed_leaves_nothing_once_all_is_in_the_store(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fails():
+        with worker_folder(s3.uri(s3.run), 0) as folder:
+            fill(folder, log_txt="the loss was not finite")
+            raise RaydetError("not finite")
+
+    with pytest.raises(RaydetError, match="not finite"):
+        fails()
+    assert not list(tmp_path.glob("raydet-run-*"))
+    assert stored(s3) == ["log.txt"]
+
+
+def test_copies_that_nothing_has_used_for_a_week_are_removed(s3, tmp_path):
+    there = Mirror(tmp_path / "there", s3.uri(s3.run))
+    checkpoint(there.folder, 1)
+    there.push()
+    copies = tmp_path / "cache" / "runs"
+    for name in ("old", "held", "new"):
+        fill(copies / name / "run", log_txt="x", **{".lock": ""})
+    for name in ("old", "held"):
+        os.utime(copies / name, times=(time.time() - 8 * 24 * 3600,) * 2)
+    with claimed(copies / "held" / "run", "raydet train"), opened(s3.uri(s3.run)) as folder:
+        assert {path.name for path in copies.iterdir()} == {"held", "new", folder.parent.name}
+
+
+def test_a_rank_that_does_not_write_the_log_leaves_it_alone(s3):
+    Store(s3.uri(s3.run)).write("log.txt", b"step 1")
+    with worker_folder(s3.uri(s3.run), 1) as folder:
+        fill(folder, hang_txt="x")
+    assert stored(s3) == ["hang.txt", "log.txt"]
+    assert not folder.exists()

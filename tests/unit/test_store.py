@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from raydet import store as stores
 from raydet.errors import RaydetError
-from raydet.store import Store, inside
+from raydet.recipe import load
+from raydet.store import Store, above, inside, join, write_file
 from tests.s3 import serve
 
 
@@ -250,3 +251,33 @@ def test_a_name_below_a_folder_is_a_path_in_its_shortest_form(name):
 def test_names_that_lead_out_of_a_folder(name):
     with pytest.raises(ValueError, match="leaves the folder of images" if name else "is empty"):
         inside(name)
+
+
+def test_a_folder_is_removed_with_all_that_is_in_it(filled):
+    filled.remove("sub")
+    assert list(filled.files(recursive=True)) == ["a.txt", "z"]
+    filled.remove("sub")
+    filled.remove()
+    assert filled.kind() == ""
+
+
+def test_a_file_is_written_by_its_path_or_address(filled):
+    place = join(filled.root, "sub/new.txt")
+    write_file(place, b"new")
+    assert filled.text("sub/new.txt") == "new"
+    folder, name = above(place)
+    assert (Store(folder).root, name) == (filled.below("sub").root, "new.txt")
+
+
+def test_arrow_s_own_file_system_reads_the_same(filled):
+    files, path = filled.arrow("sub/b.jpg")
+    with files.open_input_file(path) as file:
+        assert file.read() == FILES["sub/b.jpg"]
+
+
+def test_a_recipe_is_read_by_its_path_or_address(root):
+    write_file(join(root, "mine.yaml"), b"train: {epochs: 7}")
+    recipe = load(join(root, "mine.yaml"))
+    assert (recipe.name, recipe.train.epochs) == ("mine", 7)
+    with pytest.raises(RaydetError, match="is neither a recipe of raydet nor a YAML file"):
+        load(join(root, "yours.yaml"))

@@ -63,7 +63,7 @@ def tuned(saved, given):
 def candidates(tuned, saved, given):
     job, index = open_evaluation(saved, given["recipe"], None, given["overrides"], print)
     file = next(saved.glob("candidates-*.parquet"))
-    return CandidateSet(file, index, job.config.image_size, job.config.preprocessing.resize)
+    return CandidateSet(file.read_bytes(), str(file), index, job.config.image_size, job.config.preprocessing.resize)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -144,7 +144,8 @@ def test_tune_nms_measures_at_the_image_size_that_is_given(small):
         (files[size],) = set(small.glob("candidates-*.parquet")) - set(files.values())
         job, index = open_evaluation(small, None, None, given, print)
         assert job.config.image_size == job.recipe.data.image_size == (size, size)
-        candidates = CandidateSet(files[size], index, job.config.image_size, job.config.preprocessing.resize)
+        fitted = job.config.image_size, job.config.preprocessing.resize
+        candidates = CandidateSet(files[size].read_bytes(), "", index, *fitted)
         values[size] = Search(candidates).value(Setting.of(job.recipe.eval), np.arange(len(index)))
         measured = raydet.evaluate(small.parent, overrides=given, debug=True, device="cpu", say=said.append)
         assert values[size] == pytest.approx(measured[MAIN_METRIC], abs=1e-12)
@@ -191,12 +192,11 @@ def test_settings_are_the_default_and_others_by_their_nms():
     assert Setting.of(Eval(score=0.0, nms_top_k=None)).score == FLOOR
 
 
-def test_mistakes_are_said(candidates, tmp_path):
+def test_mistakes_are_said(candidates):
     with pytest.raises(RaydetError, match=r"objective mAP: it is one of mAP@0\.50:0\.95"):
         Search(candidates, "mAP")
-    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    with pytest.raises(RaydetError, match="remove it to compute it again"):
-        CandidateSet(tmp_path / "broken.parquet", candidates.index, (256, 256), "pad_bottom_right")
+    with pytest.raises(RaydetError, match=r"^some\.parquet cannot be read: .*; remove it to compute it again"):
+        CandidateSet(b"no parquet", "some.parquet", candidates.index, (256, 256), "pad_bottom_right")
 
 
 @pytest.mark.parametrize("seed", range(12))
