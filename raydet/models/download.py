@@ -1,7 +1,7 @@
 """Published weights on this machine: found, or downloaded once, and checked by their SHA-256 sum before they are read.
 
     {RAYDET_CACHE or ~/.cache/raydet}/weights/yolox_s.pth           a file whose sum is right
-                                              yolox_s.pth.part      what there is of a download
+                                              yolox_s.pth.….part    what there is of a download, by its address
                                               yolox_s.pth.lock      held by the process that downloads it
                                               FILE.sha256           the sum at the first download, where none is known
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = (1.0, 4.0, 15.0)
 TIMEOUT_S = 30.0  # without a byte, which is taken for a connection that is lost
 _PART = 1 << 20  # bytes read at once
+_REQUEST = 8 << 20  # bytes asked of a store at once
 _TRY_AGAIN = (408, 429)  # and 500 and more: the server is busy or broken, not without the file
 
 
@@ -90,11 +91,12 @@ def fetch(weights: Published) -> Path:
 
 def _download(weights: Published) -> Path:
     target = weights_folder() / weights.file
-    part = target.with_name(f"{target.name}.part")
-    mirror = os.environ.get("RAYDET_WEIGHTS", "").rstrip("/")
-    addresses = [f"{mirror}/{weights.file}"] if is_uri(mirror) else []
+    mirror = os.environ.get("RAYDET_WEIGHTS", "")
+    addresses = [_in_mirror(mirror, weights.file)] if is_uri(mirror) else []
     reasons = []
     for address in (*addresses, weights.address):
+        # One part for each address: two hosts may have two files of this name.
+        part = target.with_name(f"{target.name}.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part")
         logger.warning("downloading %s; licence: %s", address, weights.licence)
         try:
             with _progress(weights) as tell:
@@ -107,11 +109,19 @@ def _download(weights: Published) -> Path:
             continue
         _check(part, weights, address)
         part.replace(target)
+        for other in target.parent.glob(f"{target.name}.*.part"):
+            other.unlink()
         return target
     raise RaydetError(
         f"the weights of {weights.model} cannot be downloaded ({'; '.join(reasons)}); put the file at {target} "
         f"yourself; its SHA-256 sum is {weights.sha256 or 'not known'}"
     )
+
+
+def _in_mirror(mirror: str, file: str) -> str:
+    """Return the address of a file in a mirror, whose own address may have a query."""
+    folder, question, query = mirror.partition("?")
+    return f"{folder.rstrip('/')}/{file}{question}{query}"
 
 
 def _check(file: Path, weights: Published, source: str) -> None:
@@ -139,22 +149,24 @@ def _check(file: Path, weights: Published, source: str) -> None:
 
 
 def _from_http(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
-    """Bring a file, from where `part` ends on."""
-    for wait in (*RETRY_AFTER_S, None):
+    """Bring a file, from where `part` ends on; what counts are retries that bring nothing more."""
+    furthest = _size(part)
+    waits = iter(RETRY_AFTER_S)
+    while True:
         try:
             _rest_of_http(address, part, tell)
             return
-        except urllib.error.HTTPError as error:
-            if wait is None or (error.code < 500 and error.code not in _TRY_AGAIN):
-                raise
-        except (OSError, http.client.HTTPException):
-            if wait is None:
+        except (OSError, http.client.HTTPException) as error:
+            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in _TRY_AGAIN
+            if _size(part) > furthest:
+                furthest, waits = _size(part), iter(RETRY_AFTER_S)
+            if is_final or (wait := next(waits, None)) is None:
                 raise
         time.sleep(wait)
 
 
 def _rest_of_http(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
-    start = part.stat().st_size if part.is_file() else 0
+    start = _size(part)
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer = urllib.request.build_opener().open(request, timeout=TIMEOUT_S)
@@ -180,11 +192,21 @@ def _rest_of_http(address: str, part: Path, tell: Callable[[int, int | None], No
 
 
 def _from_store(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
+    """Bring a file out of a store, from where `part` ends on; the store tries again by itself."""
     place, question, query = address.partition("?")
     folder, _, name = place.rpartition("/")
-    content = Store(f"{folder}{question}{query}").read(name)
-    part.write_bytes(content)
-    tell(len(content), len(content))
+    store = Store(f"{folder}{question}{query}")
+    total = store.size(name)
+    if _size(part) > total:
+        part.unlink()
+    with part.open("ab") as file:
+        while (done := file.tell()) < total:
+            file.write(store.read(name, done, min(_REQUEST, total - done)))
+            tell(file.tell(), total)
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
 
 
 def _reason(error: Exception) -> str:

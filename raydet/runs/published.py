@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raydet import models
-from raydet.models.download import is_published
+from raydet.models.download import fetch, is_published
 from raydet.models.published import published
 from raydet.recipe import load
 from raydet.runs import checkpoint
@@ -25,7 +25,7 @@ def published_checkpoint(model: str) -> Iterator[Path]:
     """
     recipe = load(f"coco2017_{model}")
     ids, names = coco_classes()
-    detector = models.get(model, len(names), "coco", recipe.data.image_size)
+    detector = models.get(model, len(names), fetch(published(model)), recipe.data.image_size)
     config = checkpoint.Config(
         model=model,
         class_names=names,

@@ -111,18 +111,44 @@ def test_cut_off_and_resumed(folder, server, ranges):
     assert [asked for _, asked in server.asked] == starts
 
 
+def left(folder, address, content):
+    """What a download from an address left behind when its process was ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"yolox_s.pth.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part").write_bytes(content)
+
+
 @pytest.mark.parametrize("there", [100, len(CONTENT)], ids=["a part", "all"])
 def test_what_an_earlier_process_left_is_kept(folder, server, there):
-    folder.mkdir(parents=True)
-    (folder / "yolox_s.pth.part").write_bytes(CONTENT[:there])
+    left(folder, f"{server.address}/yolox_s.pth", CONTENT[:there])
     assert download.fetch(row(server.address)).read_bytes() == CONTENT
     assert [asked for _, asked in server.asked] == [f"bytes={there}-"]
 
 
 def test_a_part_that_is_longer_than_the_file_is_begun_anew(folder, server):
-    folder.mkdir(parents=True)
-    (folder / "yolox_s.pth.part").write_bytes(CONTENT + b"more")
+    left(folder, f"{server.address}/yolox_s.pth", CONTENT + b"more")
     assert download.fetch(row(server.address)).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("mirror_is_a_store", [False, True], ids=["http", "store"])
+def test_the_bytes_of_two_hosts_are_not_mixed(folder, server, monkeypatch, tmp_path, mirror_is_a_store):
+    mirror = tmp_path.as_uri() if mirror_is_a_store else "http://127.0.0.1:9"
+    monkeypatch.setenv("RAYDET_WEIGHTS", mirror)
+    left(folder, f"{mirror}/yolox_s.pth", bytes(100))
+    assert download.fetch(row(server.address, None)).read_bytes() == CONTENT
+    assert not list(folder.glob("*.part"))
+
+
+def test_retries_that_bring_more_do_not_count(folder, server):
+    server.cut = [50_000] * 9
+    assert download.fetch(row(server.address)).read_bytes() == CONTENT
+    assert len(server.asked) == 10
+
+
+def test_a_server_that_always_ends_at_the_same_byte_is_given_up(folder, server):
+    server.cut, server.ranges = [50_000] * 9, False
+    with pytest.raises(RaydetError, match="cut off after 50,000 of 512,000 bytes"):
+        download.fetch(row(server.address))
+    assert len(server.asked) == 3
 
 
 def test_a_wrong_sum_names_both_and_leaves_nothing(folder, server):
@@ -186,6 +212,12 @@ def test_a_mirror_is_asked_first(folder, server, monkeypatch):
     assert (mirror.asked, server.asked) == ([("/models/yolox_s.pth", None)], [])
 
 
+def test_the_query_of_a_mirror_s_address_stays_at_its_end(folder, server, monkeypatch):
+    monkeypatch.setenv("RAYDET_WEIGHTS", f"{server.address}/models/?token=a/b")
+    download.fetch(row("http://127.0.0.1:9"))
+    assert server.asked == [("/models/yolox_s.pth?token=a/b", None)]
+
+
 def test_what_a_mirror_lacks_comes_from_the_address(folder, server, monkeypatch):
     with Server().run() as mirror:
         mirror.status = [404]
@@ -201,10 +233,24 @@ def test_a_folder_is_a_mirror(folder, server, monkeypatch, tmp_path):
     assert not server.asked
 
 
-def test_a_store_is_a_mirror(folder, server, monkeypatch, tmp_path):
+@pytest.mark.parametrize("there", [None, CONTENT[:70_000], CONTENT + b"more"], ids=["whole", "the rest", "too long"])
+def test_a_store_is_a_mirror(folder, server, monkeypatch, tmp_path, there):
+    """It is read in pieces, never as a whole."""
     (tmp_path / "yolox_s.pth").write_bytes(CONTENT)
     monkeypatch.setenv("RAYDET_WEIGHTS", tmp_path.as_uri())
-    assert download.fetch(row(server.address)) == folder / "yolox_s.pth"
+    monkeypatch.setattr(download, "_REQUEST", 100_000)
+    if there is not None:
+        left(folder, f"{tmp_path.as_uri()}/yolox_s.pth", there)
+    read, lengths = download.Store.read, []
+
+    def counted(store, name, offset=0, length=None):
+        lengths.append(length)
+        return read(store, name, offset, length)
+
+    monkeypatch.setattr(download.Store, "read", counted)
+    assert download.fetch(row(server.address)).read_bytes() == CONTENT
+    assert max(lengths) == 100_000
+    assert sum(lengths) == len(CONTENT) - (70_000 if there == CONTENT[:70_000] else 0)
     assert not server.asked
 
 
@@ -288,6 +334,13 @@ def test_a_file_of_the_name_goes_first(nano, monkeypatch, tmp_path):
     Path("yolox_n").touch()
     with pytest.raises(RaydetError, match="yolox_n is neither a checkpoint"):
         raydet.load("yolox_n")
+
+
+def test_a_folder_named_coco_is_not_the_published_weights(nano, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("coco").mkdir()
+    assert raydet.load("yolox_n", "cpu").config.model == "yolox_n"
+    assert models.get("yolox_n", pretrained_weights="coco").num_classes == 80
 
 
 def test_fine_tuning_by_name(nano, demo):
