@@ -26,9 +26,8 @@ _CJK = ("BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA")  # h
 _NO_LETTER = ("Cc", "Cs", "Zl", "Zp")  # categories: control, surrogate, ends of lines and paragraphs
 
 
-@lru_cache(maxsize=4096)
 def line(text: str, size: int, ink: Colour, ground: Colour) -> Pixels:
-    """Draw a line of text; treat it as read-only, as it is drawn once for all who ask.
+    """Draw a line of text.
 
     Args:
         text: the text.
@@ -39,6 +38,19 @@ def line(text: str, size: int, ink: Colour, ground: Colour) -> Pixels:
     Returns:
         uint8 [H, W, 3] BGR; all lines of a size are of one height.
     """
+    return _mixtures(ink, ground).take(_opacity(text, size), axis=0)
+
+
+@cache
+def _mixtures(ink: Colour, ground: Colour) -> Pixels:
+    """Return the colours [256, 3] from the ground to the ink."""
+    mixed: Pixels = (np.array(ground) + np.linspace(0, 1, 256)[:, None] * np.subtract(ink, ground)).round()
+    return mixed.astype(np.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _opacity(text: str, size: int) -> Pixels:
+    """Draw the letters [H, W], 0 where there are none, 255 where they are full; each text is drawn once."""
     first = _font(_fonts()[0], size)
     ascent, descent = first.getmetrics()
     runs = [(run, _font(file, size)) for file, run in _runs(text)]
@@ -47,10 +59,7 @@ def line(text: str, size: int, ink: Colour, ground: Colour) -> Pixels:
     for run, font in runs:
         draw.text((x, ascent), run, 255, font, anchor="ls")
         x += font.getlength(run)
-    opacity = np.asarray(canvas, np.float32)[..., None] / 255
-    drawn: Pixels = (np.array(ground) + opacity * np.subtract(ink, ground)).round().astype(np.uint8)
-    drawn.flags.writeable = False
-    return drawn
+    return np.asarray(canvas)
 
 
 def width(text: str, size: int) -> int:

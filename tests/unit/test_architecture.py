@@ -15,7 +15,7 @@ from raydet.recipe import Recipe
 # From the ground up: a module imports what is in its own line or in one above it.
 LAYERS = """
     errors
-    boxes outputs plugins store devices yaml_text
+    boxes lettering outputs plugins store devices yaml_text
     losses models postprocess visualization metrics evaluation
     recipe cluster
     data

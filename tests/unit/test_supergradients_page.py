@@ -144,7 +144,9 @@ def test_a_model_is_traced_and_exported(zoo, name):
 
 
 def _tensors(outputs):
-    return [outputs] if isinstance(outputs, torch.Tensor) else [each for part in outputs for each in _tensors(part)]
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [each for part in outputs for each in _tensors(part)] if isinstance(outputs, list | tuple) else []
 
 
 # ---- losses, metrics, callbacks
