@@ -1,6 +1,6 @@
 # make demo   install into .venv, make a data set of shapes, train a detector on it, show what it detects
 # make test   run all tests
-# make lint   check style and types
+# make lint   check style, types, and that the pinned versions fit together on each Python
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +21,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for version in 3.10 3.11 3.12 3.13; do $(BIN)/uv pip compile --quiet --no-header --output-file /dev/null \
+		--extra dev --constraints constraints.txt --python-version $$version --python-platform linux pyproject.toml \
+		|| exit 1; done
 
 $(SHAPES): | $(INSTALLED)
 	$(BIN)/python -m raydet.data.synthetic data/shapes

@@ -1,7 +1,7 @@
 """Published weights on this machine: found, or downloaded once, and checked by their SHA-256 sum before they are read.
 
     {RAYDET_CACHE or ~/.cache/raydet}/weights/yolox_s.pth           a file whose sum is right
-                                              yolox_s.pth.….part    what there is of a download, by its address
+                                              yolox_s.pth.1f2e3d.part  what there is of a download from an address
                                               yolox_s.pth.lock      held by the process that downloads it
                                               FILE.sha256           the sum at the first download, where none is known
 
@@ -50,13 +50,14 @@ def local_weights(weights: str | Path, model: str) -> str | Path:
     """Return a file's or folder's path or URI as it is, and for published weights the path of their file.
 
     Args:
-        weights: path or URI; or, where nothing has this path, "coco" or the name of a model.
-        model: name of the model that "coco" is of.
+        weights: "coco" for the COCO weights of the model; or the name of a model, where nothing has this path; or
+            a path or URI.
+        model: name of the model.
 
     Raises:
         RaydetError: see `fetch`; or no weights are published for the model.
     """
-    if str(weights) == "coco" and not Path(weights).exists():
+    if str(weights) == "coco":  # also beside a folder of this name, which is likely the data
         return fetch(published(model))
     return fetch(published(str(weights))) if is_published(weights) else weights
 
@@ -91,12 +92,13 @@ def fetch(weights: Published) -> Path:
 
 def _download(weights: Published) -> Path:
     target = weights_folder() / weights.file
-    mirror = os.environ.get("RAYDET_WEIGHTS", "")
-    addresses = [_in_mirror(mirror, weights.file)] if is_uri(mirror) else []
+    mirror, question, query = os.environ.get("RAYDET_WEIGHTS", "").partition("?")
+    addresses = [f"{mirror.rstrip('/')}/{weights.file}{question}{query}"] if is_uri(mirror) else []
     reasons = []
     for address in (*addresses, weights.address):
-        # One part for each address: two hosts may have two files of this name.
-        part = target.with_name(f"{target.name}.{hashlib.sha256(address.encode()).hexdigest()[:8]}.part")
+        part = _part(target, address)
+        if weights.sha256 is None:  # nothing would tell that the file has changed since its first bytes came
+            part.unlink(missing_ok=True)
         logger.warning("downloading %s; licence: %s", address, weights.licence)
         try:
             with _progress(weights) as tell:
@@ -109,8 +111,6 @@ def _download(weights: Published) -> Path:
             continue
         _check(part, weights, address)
         part.replace(target)
-        for other in target.parent.glob(f"{target.name}.*.part"):
-            other.unlink()
         return target
     raise RaydetError(
         f"the weights of {weights.model} cannot be downloaded ({'; '.join(reasons)}); put the file at {target} "
@@ -118,10 +118,9 @@ def _download(weights: Published) -> Path:
     )
 
 
-def _in_mirror(mirror: str, file: str) -> str:
-    """Return the address of a file in a mirror, whose own address may have a query."""
-    folder, question, query = mirror.partition("?")
-    return f"{folder.rstrip('/')}/{file}{question}{query}"
+def _part(target: Path, address: str) -> Path:
+    """Return where what has come from an address is kept: bytes of two addresses must not become one file."""
+    return target.with_name(f"{target.name}.{hashlib.sha256(address.encode()).hexdigest()[:6]}.part")
 
 
 def _check(file: Path, weights: Published, source: str) -> None:
@@ -149,24 +148,28 @@ def _check(file: Path, weights: Published, source: str) -> None:
 
 
 def _from_http(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
-    """Bring a file, from where `part` ends on; what counts are retries that bring nothing more."""
-    furthest = _size(part)
-    waits = iter(RETRY_AFTER_S)
+    """Bring a file, from where `part` ends on. It is tried again as long as bytes come, and then some times more."""
+    waits, reached = iter(RETRY_AFTER_S), 0
     while True:
         try:
             _rest_of_http(address, part, tell)
             return
-        except (OSError, http.client.HTTPException) as error:
-            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in _TRY_AGAIN
-            if _size(part) > furthest:
-                furthest, waits = _size(part), iter(RETRY_AFTER_S)
-            if is_final or (wait := next(waits, None)) is None:
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in _TRY_AGAIN:
                 raise
+            failure: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            failure = error
+        size = part.stat().st_size if part.is_file() else 0
+        if size > reached:
+            waits, reached = iter(RETRY_AFTER_S), size
+        if (wait := next(waits, None)) is None:
+            raise failure
         time.sleep(wait)
 
 
 def _rest_of_http(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
-    start = _size(part)
+    start = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer = urllib.request.build_opener().open(request, timeout=TIMEOUT_S)
@@ -197,16 +200,12 @@ def _from_store(address: str, part: Path, tell: Callable[[int, int | None], None
     folder, _, name = place.rpartition("/")
     store = Store(f"{folder}{question}{query}")
     total = store.size(name)
-    if _size(part) > total:
+    if part.is_file() and part.stat().st_size > total:
         part.unlink()
     with part.open("ab") as file:
         while (done := file.tell()) < total:
             file.write(store.read(name, done, min(_REQUEST, total - done)))
             tell(file.tell(), total)
-
-
-def _size(part: Path) -> int:
-    return part.stat().st_size if part.is_file() else 0
 
 
 def _reason(error: Exception) -> str:

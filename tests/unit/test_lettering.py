@@ -14,10 +14,12 @@ def fonts(monkeypatch):
     """Of all fonts only DejaVu Sans, and nothing said yet."""
     lettering._font_of.cache_clear()
     lettering._opacity.cache_clear()
+    lettering.line.cache_clear()
     first = lettering._fonts()[0]
     monkeypatch.setattr(lettering, "_fonts", lambda: (first,))
     monkeypatch.setattr(lettering, "_told", set())
     yield
+    lettering.line.cache_clear()
     lettering._font_of.cache_clear()
     lettering._opacity.cache_clear()
 

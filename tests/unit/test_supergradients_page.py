@@ -177,8 +177,8 @@ def test_weights_and_subclasses_of_losses(zoo, loss, factor):
     assert loss.component_names[0] == "iou"
     assert torch.isfinite(total)
     if factor is not None:
-        assert total - plain == pytest.approx((factor - 1) * plain_parts[0].item(), rel=1e-4)
-        assert parts[0].item() == pytest.approx(factor * plain_parts[0].item(), rel=1e-4)
+        assert (total - plain).item() == pytest.approx(5.0 * (factor - 1) * plain_parts[0].item(), rel=1e-4)
+        assert parts[0].item() == plain_parts[0].item(), "what is logged has no weight"
 
 
 def test_detection_metrics_with_a_range_and_thresholds(zoo):
@@ -291,7 +291,7 @@ def test_transforms_that_only_fit_images_leave_the_augmentation_to_the_recipe(bo
         ),
         (
             [{"DetectionRandomAffine": {"translate": [0.25, 0.75], "scales": 0.5}}],
-            {"translate": 0.25, "scale": (0.5, 1.5)},
+            {"degrees": 10.0, "translate": 0.25, "scale": (0.5, 1.5), "shear": 10.0},
         ),
         ([{"DetectionMixup": {"prob": 0.5, "mixup_scale": [0.5, 1.5]}}], {"mixup": 0.5, "mixup_scale": (0.5, 1.5)}),
         (
