@@ -48,7 +48,7 @@ def line(text: str, size: int, ink: Colour, ground: Colour) -> Pixels:
 @cache
 def _mixtures(ink: Colour, ground: Colour) -> Pixels:
     """Return the colours [256, 1, 3] from the ground to the ink."""
-    mixed: Pixels = (np.array(ground) + np.linspace(0, 1, 256)[:, None] * np.subtract(ink, ground)).round()
+    mixed = (np.array(ground) + np.linspace(0, 1, 256)[:, None] * np.subtract(ink, ground)).round()
     return mixed.astype(np.uint8)[:, None]
 
 
