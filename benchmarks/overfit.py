@@ -33,6 +33,7 @@ OVERRIDES = [
     "train.optimizer=adamw",
     "train.lr=0.001",
     "train.weight_decay=0",
+    "train.sync_bn=false",
     "train.warmup_steps=0",
     "train.warmup_epochs=0.8",
     "train.cooldown_epochs=0",

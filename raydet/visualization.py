@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from raydet.boxes import cxcywh_to_xyxy, place
 from raydet.errors import RaydetError
-from raydet.lettering import line as line_of_text
-from raydet.lettering import width as width_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +24,9 @@ Array = npt.NDArray[Any]
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # that pictures are written as
 
 _FAR = 1_000_000  # pixels; OpenCV takes neither infinities nor more than 32 bits
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
 _READABLE = 360  # pixels: pictures whose shorter side is less are enlarged before labels are written on them
 _CAPTION = 22  # pixels
-_CAPTION_SIZE = 13  # pixels, of its font
 _QUALITY = 85  # JPEG quality
 
 
@@ -44,6 +42,43 @@ def resized(image: Image, factor: float, interpolation: int) -> Image:
         return cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)  # type: ignore[return-value]
     size = [max(1, round(side * factor)) for side in (image.shape[1], image.shape[0])]
     return cv2.resize(image, size, interpolation=interpolation)  # type: ignore[return-value]
+
+
+def text_size(text: str, scale: float) -> tuple[int, int, int]:
+    """Return width, height above the baseline and depth below it of a line of text, in pixels.
+
+    Args:
+        text: a line.
+        scale: size, as OpenCV has it: capitals are 22 pixels high at 1.
+    """
+    if not text.isascii():
+        from raydet import lettering
+
+        return lettering.text_size(text, scale)
+    (width, height), below = cv2.getTextSize(text, _FONT, scale, 1)
+    return width, height, below
+
+
+def write_text(
+    image: Image, text: str, x: int, baseline: int, scale: float, ink: tuple[int, int, int], paper: tuple[int, int, int]
+) -> None:
+    """Write a line of text on an image.
+
+    Args:
+        image: uint8 [H, W, 3] BGR, which is changed.
+        text: a line.
+        x: left end of the text, in pixels.
+        baseline: row of the image on which the letters stand.
+        scale: size, see `text_size`.
+        ink: colour of the letters, BGR.
+        paper: colour of the image where the text is written, BGR.
+    """
+    if text.isascii():
+        cv2.putText(image, text, (x, baseline), _FONT, scale, ink, 1, cv2.LINE_AA)
+        return
+    from raydet import lettering
+
+    lettering.write_text(image, text, x, baseline, scale, ink, paper)
 
 
 def draw_boxes(
@@ -69,36 +104,23 @@ def draw_boxes(
     """
     image = image.copy()
     height, width = image.shape[:2]
-    size = max(11, round(min(height, width) * 0.029))
+    size = max(0.35, min(height, width) / 1000)
     line = thickness or max(1 + (min(height, width) >= 300), round(min(height, width) / 350))
     edges = np.nan_to_num(boxes).clip(-_FAR, _FAR).round().astype(int).tolist()
     for number in reversed(range(len(labels))):
         left, top, right, bottom = edges[number]
         colour = class_colour(labels[number])
         cv2.rectangle(image, (left, top), (right, bottom), colour, line)
-        bright = 0.114 * colour[0] + 0.587 * colour[1] + 0.299 * colour[2] > 140
-        ink = (0, 0, 0) if bright else (255, 255, 255)
-        # Name and score apart: each is drawn once, and kept.
-        parts = [prefix + class_names[labels[number]], *([f" {scores[number]:.2f}"] if scores is not None else [])]
-        text = [line_of_text(part, size, ink, colour) for part in parts]
-        text_width, text_height = sum(part.shape[1] for part in text), text[0].shape[0]
+        text = prefix + class_names[labels[number]] + (f" {scores[number]:.2f}" if scores is not None else "")
+        text_width, text_height, below = text_size(text, size)
         # Above the box, or inside where there is no room; never beyond the picture.
         x = max(0, min(left, width - text_width - 2))
-        y = top if top >= text_height else min(max(top, 0) + text_height, height)
-        cv2.rectangle(image, (x, y - text_height), (x + text_width + 1, y), colour, -1)
-        x += 1
-        for part in text:
-            _paste(image, part, x, y - text_height)
-            x += part.shape[1]
+        y = top if top >= text_height + below else min(max(top, 0) + text_height + below, height)
+        cv2.rectangle(image, (x, y - text_height - below), (x + text_width + 2, y), colour, -1)
+        bright = 0.114 * colour[0] + 0.587 * colour[1] + 0.299 * colour[2] > 140
+        ink = (0, 0, 0) if bright else (255, 255, 255)
+        write_text(image, text, x + 1, y - below + 1, size, ink, colour)
     return image
-
-
-def _paste(image: Image, part: Image, left: int, top: int) -> None:
-    """Write a small picture into an image, as much of it as lies there."""
-    above, bottom = max(0, -top), min(part.shape[0], image.shape[0] - top)
-    right = min(part.shape[1], image.shape[1] - left)
-    if bottom > above and right > 0:
-        image[top + above : top + bottom, left : left + right] = part[above:bottom, :right]
 
 
 def grid(images: Sequence[Image], columns: int, cell: tuple[int, int]) -> Image:
@@ -217,11 +239,11 @@ def _caption(text: str, width: int) -> Image:
     """Return a line of text, cut where there is no room for it."""
     line = np.full((_CAPTION, width, 3), 255, np.uint8)
     shown = text
-    while shown and width_of_text(shown, _CAPTION_SIZE) > width - 4:
+    while shown and text_size(shown, 0.45)[0] > width - 4:
         shown = shown[:-4] + "..." if shown.endswith("...") else shown[:-3] + "..."
         if shown == "...":
             break
-    _paste(line, line_of_text(shown, _CAPTION_SIZE, (40, 40, 40), (255, 255, 255)), 2, 2)
+    write_text(line, shown, 2, _CAPTION - 7, 0.45, (40, 40, 40), (255, 255, 255))
     return line
 
 

@@ -204,7 +204,7 @@ class DFineLoss(DetectionLoss):
         ]
         if output.corners is None:
             return torch.stack((*terms, zeros, zeros, zeros), dim=1)
-        sides = output.corners.reshape(images, queries, 4, -1)
+        sides = output.corners.reshape(images, queries, 4, output.corners.shape[2] // 4)
         shares = sides[union.image, union.query].log_softmax(-1)
         low, lower, upper = bins
         entropy = -(
@@ -215,7 +215,7 @@ class DFineLoss(DetectionLoss):
             return torch.stack((*terms, zeros, zeros), dim=1)
         teacher, logits = (part.detach() for part in output.teacher)
         mine = (sides / _TEMPERATURE).log_softmax(-1)
-        theirs = (teacher.reshape(images, queries, 4, -1) / _TEMPERATURE).log_softmax(-1)
+        theirs = (teacher.reshape(sides.shape) / _TEMPERATURE).log_softmax(-1)
         apart = F.kl_div(mine, theirs, reduction="none", log_target=True).sum((2, 3)) * _TEMPERATURE**2
         has_object = torch.zeros(images, queries, dtype=torch.bool, device=apart.device)
         has_object[union.image, union.query] = True

@@ -6,6 +6,7 @@ its object, are followed by G negatives, each further from it. Images with fewer
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,14 +35,22 @@ class Noise(NamedTuple):
     move: Tensor
 
     @staticmethod
-    def draw(images: int, queries: int, num_classes: int) -> Noise:
-        """Draw on the CPU, so that every device has the same noise."""
-        return Noise(
-            torch.rand(images, queries),
-            torch.randint(num_classes, (images, queries)),
-            torch.randint(2, (images, queries, 4)),
-            torch.rand(images, queries, 4),
-        )
+    def draw(seeds: Tensor, queries: int, num_classes: int) -> Noise:
+        """Draw on the CPU, so that every device has the same noise; that of an image follows from its seed alone.
+
+        Args:
+            seeds: [B] int64, a seed for each image.
+            queries: N.
+            num_classes: C.
+        """
+        drawn = []
+        for seed in seeds.tolist():
+            generator = torch.Generator().manual_seed(seed)
+            uniform, integer = partial(torch.rand, generator=generator), partial(torch.randint, generator=generator)
+            drawn.append(
+                (uniform(queries), integer(num_classes, (queries,)), integer(2, (queries, 4)), uniform(queries, 4))
+            )
+        return Noise(*(torch.stack(part) for part in zip(*drawn, strict=True)))
 
 
 class Denoising(NamedTuple):
@@ -61,40 +70,46 @@ class Denoising(NamedTuple):
 
 
 def denoising_queries(
-    targets: Tensor, images: int, num_classes: int, queries: int, noise: Noise | None = None, most: int = QUERIES
+    targets: Tensor,
+    seeds: Tensor,
+    num_classes: int,
+    queries: int,
+    most_objects: int | None = None,
+    positives: int = QUERIES,
 ) -> Denoising | None:
     """Make the queries of a batch; None: it has no objects.
 
     Args:
         targets: [N, 6] image, class, cx, cy, w, h in shares of the image.
-        images: B.
+        seeds: [B] int64, a seed for the noise of each image.
         num_classes: C.
         queries: Q, those that detect.
-        noise: what to use in place of new random numbers.
-        most: positives of an image that the number of groups is chosen for.
+        most_objects: G; None: that of these images. Parts of a batch are given that of the whole.
+        positives: number of positives of an image that the number of groups is chosen for.
     """
-    if not len(targets):
-        return None
     device, image = targets.device, targets[:, 0].long()
     slot = slots(image)
-    largest = int(slot.max()) + 1
-    groups = max(1, most // largest)
-    count = 2 * largest * groups
-    noise = Noise.draw(images, count, num_classes) if noise is None else noise
+    if most_objects is None:
+        most_objects = int(slot.max()) + 1 if len(slot) else 0
+    if not most_objects:
+        return None
+    images, groups = len(seeds), max(1, positives // most_objects)
+    count = 2 * most_objects * groups
+    noise = Noise.draw(seeds, count, num_classes)
     relabel, label, sign, move = (part.to(device, non_blocking=True) for part in noise)
 
-    labels = torch.full((images, largest), num_classes, device=device)
+    labels = torch.full((images, most_objects), num_classes, device=device)
     labels[image, slot] = targets[:, 1].long()
-    boxes = targets.new_zeros(images, largest, 4)
+    boxes = targets.new_zeros(images, most_objects, 4)
     boxes[image, slot] = targets[:, 2:]
     labels, boxes = labels.repeat(1, 2 * groups), boxes.repeat(1, 2 * groups, 1)
     labels = torch.where((relabel < _LABEL_NOISE) & (labels < num_classes), label, labels)
-    negative = (torch.arange(count, device=device) // largest % 2)[:, None]
+    negative = (torch.arange(count, device=device) // most_objects % 2)[:, None]
     half = boxes[..., 2:].repeat(1, 1, 2) / 2
     corners = cxcywh_to_xyxy(boxes) + (2 * sign - 1) * (move + negative) * half
     moved = xyxy_to_cxcywh(corners.clamp(0, 1)).abs()  # a side may have passed the other
 
-    group = torch.arange(count + queries, device=device) // (2 * largest)
+    group = torch.arange(count + queries, device=device) // (2 * most_objects)
     group[count:] = groups
     blocked = (group[:, None] != group) & (group < groups)
     return Denoising(labels, logit(moved), blocked, groups)

@@ -37,18 +37,26 @@ class DFine(Detector):
         )
         super().__init__(backbone, neck, head)
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor | None = None,
+        seeds: Tensor | None = None,
+        most_objects: int | None = None,
+    ) -> Any:
         """Detect in preprocessed images, float [B, 3, H, W].
 
         Args:
             images: the images.
             targets: [N, 6] image, class, cx, cy, w, h in pixels: in training, objects to make denoising queries of.
+            seeds: [B] int64 on the CPU, a seed for the noise of each image; None: torch's generator gives them.
+            most_objects: most objects of an image in the batch that these images are a part of; None: in these images.
 
         Raises:
             ValueError: a side is no multiple of 32.
         """
         self.check_size(images.shape[-2], images.shape[-1])
-        return self.head(self.neck(self.backbone(images)), targets)
+        return self.head(self.neck(self.backbone(images)), targets, seeds, most_objects)
 
 
 class DFine_N(DFine):

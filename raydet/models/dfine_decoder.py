@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raydet.boxes import cxcywh_to_xyxy
 from raydet.models.blocks import PRIOR_LOGIT, Conv
-from raydet.models.denoising import Denoising, Noise, denoising_queries
+from raydet.models.denoising import Denoising, denoising_queries
 from raydet.outputs import DFineOutput, decode_corners, distance_bins, full, logit
 from raydet.postprocess import DFinePostPredictionCallback
 
@@ -232,14 +232,21 @@ class DFineHead(nn.Module):
             for project in self.input_proj:
                 nn.init.xavier_uniform_(project.conv.weight)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, features: list[Tensor], targets: Tensor | None = None, noise: Noise | None = None) -> Any:
+    def forward(
+        self,
+        features: list[Tensor],
+        targets: Tensor | None = None,
+        seeds: Tensor | None = None,
+        most_objects: int | None = None,
+    ) -> Any:
         """Maps from fine to coarse → see the class.
 
         Args:
             features: the maps.
             targets: [N, 6] image, class, cx, cy, w, h in pixels, which the denoising queries of a training are made of;
                 None: there are none.
-            noise: noise of these queries, in place of random numbers.
+            seeds: [B] int64 on the CPU, a seed for the noise of each image; None: torch's generator gives them.
+            most_objects: most objects of an image in the batch that these images are a part of; None: in these images.
         """
         height, width = (STRIDE * int(side) for side in features[-1].shape[2:])
         maps = [project(feature) for project, feature in zip(self.input_proj, features, strict=True)]
@@ -250,7 +257,9 @@ class DFineHead(nn.Module):
             content = content + 0.0 * self.class_embed.weight.sum()
             if targets is not None:
                 shares = targets / targets.new_tensor([1, 1, width, height, width, height])
-                denoising = denoising_queries(shares, len(content), self.num_classes, content.shape[1], noise)
+                if seeds is None:
+                    seeds = torch.randint(2**62, (len(content),))
+                denoising = denoising_queries(shares, seeds, self.num_classes, content.shape[1], most_objects)
         if denoising is not None:
             content = torch.cat((self.class_embed(denoising.labels).to(content.dtype), content), dim=1)
             reference = torch.cat((denoising.boxes, reference), dim=1)

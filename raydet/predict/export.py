@@ -101,10 +101,11 @@ def export(
     with opened(path) as local:
         folder = checkpoint.find(local)
         config = checkpoint.read_config(folder)
-        thresholds = with_thresholds(config.thresholds, conf, iou)
         model = checkpoint.load_model(folder, config, model, trust_code)
         if not isinstance(model, Detector):
             raise RaydetError(f"{folder}: only a raydet.models.Detector can be exported")
+        has_nms = post_prediction(model, config.thresholds).has_nms
+        thresholds = with_thresholds(config.thresholds, conf, iou, has_nms)
         content = checkpoint.read_json(folder / checkpoint.CONFIG) | {"thresholds": thresholds.model_dump()}
         about = {key: value for key, value in content.items() if key not in ("files", "awaited")}
         pytorch = Predictor(model, checkpoint.config_of(about, str(folder)), pick_device("cpu"))

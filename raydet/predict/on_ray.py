@@ -153,7 +153,7 @@ def batch_predict(
     import ray.data
 
     from raydet.cluster import check_kept, connect
-    from raydet.predict.predictor import shown_score, with_thresholds
+    from raydet.predict.predictor import post_prediction, shown_score, with_thresholds
     from raydet.recipe import Scale
     from raydet.runs import checkpoint as checkpoints
     from raydet.runs.mirror import opened
@@ -170,7 +170,8 @@ def batch_predict(
         config = checkpoints.read_config(folder)
         model = checkpoints.load_model(folder, config, model, trust_code)
     conf = shown_score(config.thresholds) if conf is None else conf
-    thresholds = with_thresholds(config.thresholds, conf, iou)
+    has_nms = post_prediction(model, config.thresholds).has_nms
+    thresholds = with_thresholds(config.thresholds, conf, iou, has_nms)
     images, target = Store(source), Store(out)
     problems = Problems("skip", sys.maxsize)
     listed = list_images(images, "", problems)

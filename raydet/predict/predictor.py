@@ -244,7 +244,12 @@ class Predictor:
         if batch_size < 1:
             raise RaydetError(f"batch_size is {batch_size}: it must be at least 1")
         opened = source if isinstance(source, Source) else open_source(source, max_pixels)
-        return DetectionStream(self, opened, with_thresholds(self.config.thresholds, conf, iou), batch_size)
+        return DetectionStream(
+            self, opened, with_thresholds(self.config.thresholds, conf, iou, self._has_nms()), batch_size
+        )
+
+    def _has_nms(self) -> bool:
+        return post_prediction(self.model, self.config.thresholds).has_nms
 
     def fit(self, image: Image) -> Image:
         """Return an image [H, W, 3] BGR fitted into the model's input, uint8 [h, w, 3] BGR."""
@@ -309,6 +314,9 @@ class OnnxPredictor(Predictor):
             raise RaydetError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
         self.config = checkpoint.config_of(json.loads(about), name)
         self._name = name
+
+    def _has_nms(self) -> bool:
+        return True  # if it has not, another IoU is refused all the same: it is not that of the file
 
     def detect_fitted(
         self, inputs: Sequence[Image], sizes: Sequence[tuple[int, int]], thresholds: Eval
@@ -378,12 +386,14 @@ def shown_score(thresholds: Eval) -> float:
     return max(SHOWN_SCORE, thresholds.score)
 
 
-def with_thresholds(thresholds: Eval, conf: float | None, iou: float | None) -> Eval:
+def with_thresholds(thresholds: Eval, conf: float | None, iou: float | None, has_nms: bool) -> Eval:
     """Return thresholds with another lowest score or IoU, where they are given.
 
     Raises:
-        RaydetError: one is no share.
+        RaydetError: one is no share, or there is an IoU for a model without NMS.
     """
+    if iou is not None and not has_nms:
+        raise RaydetError(f"iou: the model has no NMS, so that {iou:g} changes nothing: leave it out")
     given = {name: value for name, value in (("score", conf), ("iou", iou)) if value is not None}
     for name, value in given.items():
         if not 0 <= value <= 1:

@@ -166,3 +166,8 @@ class Augment(Section):
         "always data.image_size",
     )
     multiscale_every: int = Field(1, ge=1, description="number of steps after which multiscale draws another size")
+    multiscale_repeats: int = Field(
+        1,
+        ge=1,
+        description="how often data.image_size is among the sizes that multiscale draws from; all others are once",
+    )

@@ -33,7 +33,7 @@ from raydet.recipe import Eval
 from raydet.store import write_aside
 
 FORMAT = 3
-WEIGHTS, TRAINING, CONFIG = "model.safetensors", "training.pt", "config.json"
+WEIGHTS, TRAINING, CONFIG, CARD = "model.safetensors", "training.pt", "config.json", "README.md"
 AVERAGE = "checkpoint_average"
 _NAMES = "checkpoint_[0-9]*"  # in the order of the training
 _PARTIAL = ".partial-"
@@ -143,7 +143,31 @@ def pack(
         "awaited": is_awaited,
         "files": {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in packed.items()},
     }
-    return {**packed, CONFIG: json.dumps(content, indent=1).encode()}
+    return {**packed, CARD: _card(content).encode(), CONFIG: json.dumps(content, indent=1).encode()}
+
+
+def _card(content: Mapping[str, Any]) -> str:
+    """Return the model card of a checkpoint: what people read where its folder is shown, for instance on a hub."""
+    (height, width), preprocessing, metrics = content["image_size"], content["preprocessing"], content["metrics"]
+    about = {
+        "model": f"{content['model'] or 'an own one'}, trained with [raydet](https://pypi.org/project/raydet)",
+        "input": f"{height} x {width} pixels (height x width), {preprocessing['channels']}, {preprocessing['resize']}",
+        "trained": f"{content['epoch']:g} epochs, {content['step']:,} steps; recipe.yaml in the folder above has all",
+        "licence of the weights it began with": content["licence"] or "it began with random weights, or none is known",
+    }
+    tables = [about, {key.removeprefix("val/"): f"{value:.4f}" for key, value in metrics.items()}]
+    about_text, accuracy = (
+        "\n".join(("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items()))) for table in tables
+    )
+    names = ", ".join(entry["name"] for entry in content["classes"])
+    return (
+        "---\nlibrary_name: raydet\npipeline_tag: object-detection\n---\n\n"
+        f"# {content['model'] or 'Detector'} of {len(content['classes'])} classes\n\n{about_text}\n\n"
+        f"## Accuracy on the validation images\n\n{accuracy if metrics else 'Not measured yet.'}\n\n"
+        f"## Classes\n\n{names}\n\n"
+        "## Use\n\n```python\nimport raydet\n\n"
+        'found = raydet.load("path/of/this/folder").predict("photo.jpg")\nfound.show()\n```\n'
+    )
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -193,7 +217,9 @@ def set_thresholds(folder: Path, thresholds: Eval) -> None:
 
 
 def _update(folder: Path, values: Mapping[str, Any]) -> None:
-    write_aside(folder / CONFIG, json.dumps(read_json(folder / CONFIG) | dict(values), indent=1))
+    content = read_json(folder / CONFIG) | dict(values)
+    write_aside(folder / CARD, _card(content))
+    write_aside(folder / CONFIG, json.dumps(content, indent=1))
 
 
 def damage(folder: Path) -> str | None:

@@ -81,10 +81,13 @@ class Job:
         if augment.multiscale is None:
             return size
         low, high = augment.multiscale
+        sides = list(range(low, high + 1, 32))
         if step == 0:  # the largest first: what does not fit into the memory should not be found out after hours
-            low = high
+            return scaled(size, sides[-1])
+        if max(size) in sides:
+            sides += [max(size)] * (augment.multiscale_repeats - 1)
         drawn = np.random.default_rng((self.recipe.seed, _SIZES, step // augment.multiscale_every))
-        return scaled(size, 32 * int(drawn.integers(low // 32, high // 32 + 1)))
+        return scaled(size, sides[drawn.integers(len(sides))])
 
     def validates_after(self, position: int, batch_size: int) -> bool:
         """Is a validation due after the step that ends here? A step may span several epochs of a small data set."""

@@ -60,7 +60,7 @@ def train_loop(run: Run) -> Ended:  # noqa: PLR0912 - it reads top to bottom
     average = EMA(model, settings, job.total_steps)
     if settings.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # it keeps the tensors, which the average follows
-    step = Step(model, criterion, optimizer, settings, device, world.size)
+    step = Step(model, criterion, optimizer, settings, device, world.size, recipe.seed)
     torch.backends.cudnn.benchmark = True
 
     # Go on from the last checkpoint, if there is one.

@@ -156,12 +156,12 @@ def validation_line(what: str, metrics: dict[str, float], seconds: float) -> str
 
 
 def _memory_gb(device: torch.device) -> float:
-    """GB that the process has: of the GPU its peak, of a CPU's memory what it alone holds now."""
+    """GB that the process has: of the GPU its peak; of a CPU's memory what is its own now, without the pages that it
+    shares with others, such as those of Ray's object store."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     pages = Path("/proc/self/statm")
     if pages.exists():
-        # Without shared pages: those of Ray's object store, which this process has only read, are not its own.
         _, resident, shared, *_ = map(int, pages.read_text().split())
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes

@@ -61,6 +61,7 @@ class Step:
         settings: section `train` of the recipe.
         device: device of the model.
         ranks: number of ranks that train the model together.
+        seed: seed of the training.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Step:
         settings: Train,
         device: torch.device,
         ranks: int,
+        seed: int,
     ):
         self._criterion, self._optimizer = criterion, optimizer
         # Each rank's norms follow its own batches; the loop makes them one before they are used.
@@ -81,7 +83,7 @@ class Step:
         self._network: Callable[..., object] = self._parallel or model
         if settings.compile:
             self._network = torch.compile(self._network)
-        self._settings, self._device, self._ranks = settings, device, ranks
+        self._settings, self._device, self._ranks, self._seed = settings, device, ranks, seed
         self._precision = _precision(settings, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == torch.float16)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -108,9 +110,10 @@ class Step:
         for kind, buffers in self._buffers.items():
             torch._foreach_copy_(self._kept[kind], buffers)
         self._optimizer.zero_grad(set_to_none=True)
-        parts = list(self._parts(batch))
+        most_objects = self._most_objects(batch.targets) if self._takes_targets else 0
+        parts = list(self._parts(batch, most_objects))
         remedy = "set train.micro_batch_size below that, which changes the result little, or lower train.batch_size"
-        with memory_suffices(f"{len(parts[0][0])} images at once", remedy):
+        with memory_suffices(f"{len(parts[0].images)} images at once", remedy):
             made = self._backward(parts, prepare, keep_outputs)
         self.scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -126,7 +129,7 @@ class Step:
         agreed = torch.cat((flags, losses))
         if self._parallel is not None:
             dist.all_reduce(agreed)
-        # The only time that a step waits for the device.
+        # The only time that a step waits for the device, if neither model nor loss does.
         own = torch.cat((norm.float().view(1), broken, made.shares.float().flatten()))
         read = torch.cat((own, agreed)).cpu()
         own, agreed = read[: len(own)], read[len(own) :]
@@ -159,20 +162,18 @@ class Step:
             made.outputs,
         )
 
-    def _backward(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare, keep_outputs: bool) -> _Made:
-        images = sum(len(part) for part, _ in parts)
+    def _backward(self, parts: list[_Part], prepare: Prepare, keep_outputs: bool) -> _Made:
+        images = sum(len(part.images) for part in parts)
         total = PartialLoss(self._criterion) if self._adds_up else None  # type: ignore[arg-type]
         sums: list[tuple[Tensor, Tensor]] = []
         kept: list[Any] = []
         broken = torch.zeros((), dtype=torch.bool, device=self._device)
         if total is not None and len(parts) > 1 and total.criterion.has_divisors:
             self._count(parts, prepare, total)
-        for number, (pixels, boxes) in enumerate(parts, start=1):
-            inputs, targets = prepare(
-                pixels.to(self._device, non_blocking=True), boxes.to(self._device, non_blocking=True)
-            )
+        for number, part in enumerate(parts, start=1):
+            inputs, targets = self._prepared(part, prepare)
             with self._together(number == len(parts)):
-                outputs = self._forward(inputs, targets)
+                outputs = self._forward(inputs, targets, part)
                 if keep_outputs:
                     kept.append(outputs)
                 for tensor in _tensors(outputs):
@@ -181,7 +182,7 @@ class Step:
                     loss = total.add(outputs, targets)
                 else:
                     loss, components = self._criterion(outputs, targets)
-                    share = len(pixels) / images
+                    share = len(part.images) / images
                     loss = loss * share if share < 1 else loss
                     sums.append((loss.detach(), components * share if share < 1 else components))
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -192,33 +193,48 @@ class Step:
         nothing = torch.empty(0, device=self._device)
         return _Made(torch.stack(losses).sum(), torch.stack(each).sum(0), None, broken, nothing, tuple(kept))
 
-    def _forward(self, inputs: Tensor, targets: Tensor) -> object:
+    def _prepared(self, part: _Part, prepare: Prepare) -> tuple[Tensor, Tensor]:
+        return prepare(*(tensor.to(self._device, non_blocking=True) for tensor in (part.images, part.targets)))
+
+    def _forward(self, inputs: Tensor, targets: Tensor, part: _Part) -> object:
         half = self._precision != torch.float32
+        further = (targets, part.seeds, part.most_objects) if self._takes_targets else ()
         with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
-            return self._network(inputs, targets) if self._takes_targets else self._network(inputs)
+            return self._network(inputs, *further)
 
     @torch.no_grad()
-    def _count(self, parts: list[tuple[Tensor, Tensor]], prepare: Prepare, total: PartialLoss) -> None:
+    def _count(self, parts: list[_Part], prepare: Prepare, total: PartialLoss) -> None:
         """Show the loss all parts once; random numbers and the statistics of norms stay as they were."""
         drawn = torch.get_rng_state()
-        for pixels, boxes in parts:
-            inputs, targets = prepare(pixels.to(self._device), boxes.to(self._device))
-            total.count(self._forward(inputs, targets), targets)
+        for part in parts:
+            inputs, targets = self._prepared(part, prepare)
+            total.count(self._forward(inputs, targets, part), targets)
         torch.set_rng_state(drawn)
         for kind, buffers in self._buffers.items():
             torch._foreach_copy_(buffers, self._kept[kind])
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _most_objects(self, targets: Tensor) -> int:
+        """Return the most objects of an image in the batches of all ranks."""
+        most = torch.bincount(targets[:, 0].long(), minlength=1).max()
+        if self._parallel is not None:
+            most = most.to(self._device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def _parts(self, batch: Batch, most_objects: int) -> Iterator[_Part]:
         count = len(batch.images)
         size = part_size(count, self._settings.micro_batch_size)
+        # What a model draws for an image does not depend on the rank or the part that the image is in.
+        seeds = torch.tensor([hash((self._seed, position)) for position in batch.positions.tolist()])
         if size == count:
-            yield batch.images, batch.targets
+            yield _Part(batch.images, batch.targets, seeds, most_objects)
             return
         for first in range(0, count, size):
             within = (batch.targets[:, 0] >= first) & (batch.targets[:, 0] < first + size)
             targets = batch.targets[within]
             targets[:, 0] -= first
-            yield batch.images[first : first + size], targets
+            rows = slice(first, first + size)
+            yield _Part(batch.images[rows], targets, seeds[rows], most_objects)
 
     def _together(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange their gradients in the last part only."""
@@ -234,6 +250,16 @@ def part_size(count: int, most: int | None) -> int:
             from a single image.
     """
     return count if most is None else -(-count // -(-count // most))
+
+
+class _Part(NamedTuple):
+    """Images of a batch that go through the model at once, their targets and seeds, and the most objects of an image
+    in the whole batch of all ranks."""
+
+    images: Tensor
+    targets: Tensor
+    seeds: Tensor
+    most_objects: int
 
 
 class _Made(NamedTuple):

@@ -50,6 +50,7 @@ class Tuned:
         seconds: time of the search, without that of the candidates.
         folder: folder of the table and the picture.
         not_stored: why the checkpoint does not get them; empty: it has them, or no better ones were found.
+        has_nms: whether settings of NMS are among those that were searched.
     """
 
     thresholds: Eval
@@ -59,11 +60,14 @@ class Tuned:
     seconds: float
     folder: Path
     not_stored: str = ""
+    has_nms: bool = True
 
     @property
     def overrides(self) -> list[str]:
         """The thresholds to use as `key=value`."""
-        return [f"eval.{name}={json.dumps(getattr(self.thresholds, name))}" for name in SPACE]
+        return [
+            f"eval.{name}={json.dumps(getattr(self.thresholds, name))}" for name in self.winner.chosen(self.has_nms)
+        ]
 
     def summary(self, objective: str) -> list[str]:
         """Return lines that say what was found."""
@@ -74,7 +78,7 @@ class Tuned:
             verdict = f"it is not stored, as {self.not_stored}: add {' '.join(self.overrides)}"
         return [
             f"{len(self.values)} settings in {self.seconds:.1f} s; the best: "
-            + "  ".join(f"{name} {value}" for name, value in asdict(self.winner).items()),
+            + "  ".join(f"{name} {value}" for name, value in self.winner.chosen(self.has_nms).items()),
             f"{objective} on the images held out: default {found.default:.4f}, winner {found.winner:.4f}, "
             f"gain {middle:+.4f} (95 %: {low:+.4f} to {high:+.4f}); {verdict}",
         ]
@@ -150,15 +154,16 @@ def tune_nms(
         values.sort(key=lambda entry: entry[0], reverse=True)
         winner = values[0][1]
         comparison = search.compare(default, winner)
-        kept = winner if comparison.is_better else default
-        thresholds = job.recipe.eval.model_copy(update=asdict(kept)) if comparison.is_better else job.recipe.eval
+        thresholds = job.recipe.eval
+        if comparison.is_better:
+            thresholds = thresholds.model_copy(update=winner.chosen(has_nms))
         not_stored = ""
         if comparison.is_better:
             not_stored = _why_not_stored(source, job)
             if source is not None and not not_stored:
                 checkpoint.set_thresholds(source, thresholds)
         folder = Path(out) if out is not None else source or Path()
-        tuned = Tuned(thresholds, winner, comparison, values, seconds, folder, not_stored)
+        tuned = Tuned(thresholds, winner, comparison, values, seconds, folder, not_stored, has_nms)
         _write(tuned, search)
         return tuned
 

@@ -8,7 +8,7 @@ settings that differ in no more than that.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -55,6 +55,10 @@ class Setting:
         given["nms_top_k"] = min(given["nms_top_k"] or TOP_K, TOP_K)
         given["score"] = max(given["score"], FLOOR)
         return cls(**given)
+
+    def chosen(self, has_nms: bool) -> dict[str, Any]:
+        """Return the settings that a search has chosen, by name: without NMS those of NMS are not among them."""
+        return {name: value for name, value in asdict(self).items() if has_nms or name not in OF_NMS}
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_steps_in_half_precision_lower_the_loss(precision):
     criterion = some_loss(model, YoloXFastDetectionLoss, {}).cuda()
     settings = Train(precision=precision, lr=0.01)
     optimizer = make_optimizer(model, settings)
-    step = Step(model, criterion, optimizer, settings, torch.device("cuda"), ranks=1)
+    step = Step(model, criterion, optimizer, settings, torch.device("cuda"), ranks=1, seed=0)
     pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8).pin_memory()
     batch = Batch(pixels, TARGETS.pin_memory(), torch.arange(2), torch.arange(2))
     losses = [float(step(batch, lambda images, targets: (images / 255, targets)).loss) for _ in range(30)]

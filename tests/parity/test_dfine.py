@@ -122,12 +122,12 @@ class TestModel:
             close(rows[:, :5], arrays[f"post.{number}"][:, :5])
             assert rows[:, 5].tolist() == arrays[f"post.{number}"][:, 5].tolist()
 
-    def test_training_step(self, golden, size):
+    def test_training_step(self, golden, size, monkeypatch):
         model, spec, arrays = filled(golden, size)
         model.train()
         train = spec["train"]
-        targets, noise = training_input(train, arrays)
-        raw = model.head(model.neck(model.backbone(image(train["image"]))), targets, noise)
+        targets = training_input(train, arrays, monkeypatch)
+        raw = model(image(train["image"]), targets)
         count, _ = train["dn_num_split"]
         for name, tensor in (
             ("pred_logits", raw.logits[-1][:, count:]),
@@ -150,13 +150,13 @@ class TestModel:
         assert loss.item() == pytest.approx(train["loss"], rel=1e-5)
         close(running(model, spec), arrays["train.statistics_after"])
 
-    def test_gradients(self, golden, size):
+    def test_gradients(self, golden, size, monkeypatch):
         model, spec, arrays = filled(golden, size, double=True)
         train = spec["train"]
-        targets, noise = training_input(train, arrays)
+        targets = training_input(train, arrays, monkeypatch)
         model.train()
         maps = model.neck(model.backbone(image(train["image"]).double()))
-        loss, _ = DFineLoss(80)(model.head(maps, targets.double(), noise), targets)
+        loss, _ = DFineLoss(80)(model.head(maps, targets.double()), targets)
         loss.backward()
         named = dict(model.named_parameters())
         for name, value in train["gradients"].items():
@@ -165,8 +165,8 @@ class TestModel:
                 assert parameter.grad.norm().item() == pytest.approx(value, rel=2e-3), name
 
 
-def training_input(train, arrays):
-    """Return the targets in pixels, and the noise of the denoising queries."""
+def training_input(train, arrays, monkeypatch):
+    """Return the targets in pixels, and let the denoising queries have the noise that theirs had."""
     side = train["image"]["shape"][-1]
     targets = torch.from_numpy(arrays["train.targets"]) * torch.tensor([1, 1, side, side, side, side])
     noise = Noise(
@@ -175,7 +175,8 @@ def training_input(train, arrays):
             for name, kind in (("label_uniform", "f4"), ("new_label", "i8"), ("sign", "i8"), ("box_uniform", "f4"))
         )
     )
-    return targets, noise
+    monkeypatch.setattr(Noise, "draw", lambda *_: noise)
+    return targets
 
 
 def running(model, spec):
@@ -318,13 +319,16 @@ def test_matches_and_union(losses, name):
     assert listed(union) == case["union"]
 
 
+SEEDS = torch.arange(3)  # of three images
+
+
 @pytest.mark.parametrize("name", ["uneven", "few", "more_than_asked", "no_label_noise", "empty"])
-def test_denoising(losses, name):
+def test_denoising(losses, name, monkeypatch):
     spec, arrays = losses
     case, key = spec["denoising"][name], f"denoising.{name}"
     targets = torch.from_numpy(arrays[f"{key}.targets"])
     if name == "empty":
-        assert denoising_queries(targets, 3, 7, 10) is None
+        assert denoising_queries(targets, SEEDS, 7, 10) is None
         return
     sign = torch.from_numpy(arrays[f"{key}.noise.sign"].astype("i8"))
     relabel, label = torch.ones(sign.shape[:2]), torch.zeros(sign.shape[:2], dtype=torch.long)
@@ -332,7 +336,8 @@ def test_denoising(losses, name):
         relabel = torch.from_numpy(arrays[f"{key}.noise.label_uniform"])
         label = torch.from_numpy(arrays[f"{key}.noise.new_label"].astype("i8"))
     noise = Noise(relabel, label, sign, torch.from_numpy(arrays[f"{key}.noise.box_uniform"]))
-    made = denoising_queries(targets, 3, 7, 10, noise, case["num_denoising"])
+    monkeypatch.setattr(Noise, "draw", lambda *_: noise)
+    made = denoising_queries(targets, SEEDS, 7, 10, positives=case["num_denoising"])
     assert made.groups == case["groups"]
     assert made.labels.tolist() == arrays[f"{key}.labels"].tolist()
     close(made.boxes, arrays[f"{key}.boxes_unact"], 1e-5)

@@ -15,8 +15,8 @@ from raydet.recipe import Recipe
 # From the ground up: a module imports what is in its own line or in one above it.
 LAYERS = """
     errors
-    boxes lettering outputs plugins store devices yaml_text
-    losses models postprocess visualization metrics evaluation
+    boxes outputs plugins store devices yaml_text
+    losses models postprocess lettering visualization metrics evaluation
     recipe cluster
     data
     runs
@@ -203,7 +203,7 @@ def test_descriptions_of_settings_name_their_noun(key, description):
 
 
 # How many modules of raydet it takes to read a part of it; these numbers may only fall.
-BUDGETS = {"raydet.training.loop": 71, "raydet.api": 102, "raydet.predict.predictor": 55}
+BUDGETS = {"raydet.training.loop": 70, "raydet.api": 101, "raydet.predict.predictor": 54}
 
 
 @pytest.mark.parametrize("module", BUDGETS)

@@ -111,6 +111,17 @@ def test_the_optimizer_keeps_its_count_of_steps_on_the_cpu(tmp_path, state):
     assert devices == {"step": {"cpu"}, "exp_avg": {"meta"}}
 
 
+def test_a_checkpoint_has_a_model_card_that_follows_its_metrics(tmp_path, state):
+    folder = tmp_path / "checkpoint_000002"
+    checkpoint.write(folder, files(state, {}, 2))
+    card = (folder / "README.md").read_text()
+    for text in ("# yolox_n of 2 classes", "64 x 96 pixels", "Apache-2.0 (Megvii)", "disc, ring", "Not measured yet."):
+        assert text in card
+    checkpoint.set_metrics(folder, {"val/mAP@0.50:0.95": 0.25})
+    assert "| mAP@0.50:0.95 | 0.2500 |" in (folder / "README.md").read_text()
+    assert checkpoint.damage(folder) is None
+
+
 def test_a_run_s_best_checkpoint_is_found_by_its_map(run):
     folder = run({1: 0.2, 2: 0.3, 3: None})
     assert checkpoint.find(folder).name == "checkpoint_000002"

@@ -45,6 +45,7 @@ def test_debug_run_leaves_what_a_run_leaves(debug_run):
     for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "log.txt", "summary.json"):
         assert (folder / name).is_file(), name
     assert sorted(path.name for path in result.checkpoint.iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "training.pt",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,13 +19,17 @@ from raydet.errors import RaydetError
 from raydet.losses import DFineLoss
 from raydet.losses.base import PartialLoss
 from raydet.losses.hungarian import union
+from raydet.models.denoising import denoising_queries
 from raydet.models.dfine import FAMILY
 from raydet.outputs import DFineOutput, distance_bins, slots
+from raydet.predict.predictor import Predictor
 from raydet.recipe import Train, load
+from raydet.runs.checkpoint import Config
 from raydet.training.optimization import make_optimizer
 from raydet.training.prepare import check_recipe_without_nms
 from raydet.training.step import Step
-from raydet.tuning.thresholds import OF_NMS, Setting, groups
+from raydet.tuning.nms import Tuned
+from raydet.tuning.thresholds import OF_NMS, Comparison, Setting, groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +182,20 @@ def test_a_batch_without_objects_gives_every_weight_a_gradient():
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_noise_follows_the_seed():
+def test_noise_of_an_image_follows_its_seed_wherever_it_is():
+    """Images whose batch has images with more objects get padding that makes them alike."""
+    targets, seeds = some_targets([0, 1, 1, 2]), torch.tensor([7, -8, 9])
+    whole = denoising_queries(targets, seeds, CLASSES, QUERIES)
+    for first, last in pairwise((0, 1, 3)):
+        part = denoising_queries(targets_of(targets, first, last), seeds[first:last], CLASSES, QUERIES, most_objects=2)
+        assert torch.equal(part.labels, whole.labels[first:last])
+        assert torch.equal(part.boxes, whole.boxes[first:last])
+        assert torch.equal(part.blocked, whole.blocked)
+    other = denoising_queries(targets, seeds + 1, CLASSES, QUERIES)
+    assert (other.boxes != whole.boxes).any()
+
+
+def test_noise_without_seeds_follows_the_generator_of_torch():
     model, targets = models.get("dfine_n", CLASSES).train(), some_targets([0, 1])
     images, made = torch.rand(2, 3, SIDE, SIDE), []
     for seed in (0, 0, 1):
@@ -199,7 +217,8 @@ def test_micro_batches_make_finite_steps_that_leave_the_norms_of_the_counting_pa
         torch.optim.SGD(model.parameters(), 1e-4),
         Train(micro_batch_size=2),
         torch.device("cpu"),
-        1,
+        ranks=1,
+        seed=0,
     )
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     batch = Batch(images, some_targets([0, 0, 1, 3]), torch.arange(4), torch.arange(4))
@@ -324,12 +343,33 @@ def test_settings_of_nms_are_refused(override):
     check_recipe_without_nms(load("dfine_finetune").eval, FAMILY)
 
 
+def test_an_iou_threshold_is_refused():
+    model, preprocessing = models.get("dfine_n", CLASSES), FAMILY.preprocessing
+    config = Config("dfine_n", ("a", "b", "c"), (1, 2, 3), (SIDE, SIDE), preprocessing, load("dfine_finetune").eval)
+    predictor = Predictor(model, config, torch.device("cpu"))
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    predictor.predict(picture, conf=0.5)
+    with pytest.raises(RaydetError, match=r"iou: the model has no NMS, so that 0\.5 changes nothing: leave it out"):
+        predictor.predict(picture, iou=0.5)
+
+
 def test_the_search_for_thresholds_leaves_nms_out():
     default = Setting.of(load("dfine_finetune").eval)
     drawn = [setting for group in groups(60, default, 0, has_nms=False) for setting in group]
     assert len(set(drawn)) == 48  # all there are: 12 scores, two limits, with or without several labels
     for name in OF_NMS:
         assert {getattr(setting, name) for setting in drawn} == {getattr(default, name)}
+
+
+def test_thresholds_that_were_found_are_not_refused_afterwards(tmp_path):
+    """A setting of the search has values for NMS too, which a recipe for D-FINE must not have."""
+    default = load("dfine_finetune").eval
+    winner = replace(Setting.of(default), score=0.3)
+    tuned = Tuned(default, winner, Comparison(0.1, 0.2, (0.1, 0.1, 0.1)), [], 1.0, tmp_path, has_nms=False)
+    check_recipe_without_nms(load("dfine_finetune", tuned.overrides).eval, FAMILY)
+    check_recipe_without_nms(default.model_copy(update=winner.chosen(has_nms=False)), FAMILY)
+    assert winner.chosen(has_nms=False) == {"score": 0.3, "max_detections": 300, "multi_label": True}
+    assert "iou" not in tuned.summary("mAP")[0]
 
 
 # Augmentations.

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raydet.data.formats import load_index
 from raydet.data.pipeline import train_samples, val_samples
@@ -108,6 +109,19 @@ def test_a_training_that_is_told_to_stop_keeps_a_checkpoint_and_says_which(train
     assert (last.name, checkpoint.position(last), damaged) == (name, 8 * step, [])
     _, _, again, _ = train("train.epochs=3")
     assert f"resumed after step {step}" in again
+
+
+def test_dfine_goes_on_to_the_bit_as_its_noise_follows_seed_and_position(train):
+    options = ["model.name=dfine_n", "loss={name: DFineLoss}", "train.optimizer=adamw", "train.lr=0.001"]
+    options += ["train.epochs=2", "eval.every=2"]
+    _, _, _, whole = train(*options, "name=whole")
+    ended, _, _, folder = train(*options, "name=stopped", stop_at=7)
+    assert ended.interrupted
+    train(*options, "name=stopped")
+    (first, _), (second, _) = checkpoint.latest(whole), checkpoint.latest(folder)
+    assert first.name == second.name == "checkpoint_000002"
+    weights, again = (load_file(last / checkpoint.WEIGHTS) for last in (first, second))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
 def test_a_verdict_that_comes_in_mid_epoch_ends_the_training_in_order(train):

@@ -124,9 +124,8 @@ def three_steps(**factors):
     torch.manual_seed(0)
     model, settings = models.get("yolox_n", 3), of_parts(**factors)
     freeze(model, settings)
-    step = Step(
-        model, YoloXDetectionLoss(num_classes=3), make_optimizer(model, settings), settings, torch.device("cpu"), 1
-    )
+    criterion, optimizer = YoloXDetectionLoss(num_classes=3), make_optimizer(model, settings)
+    step = Step(model, criterion, optimizer, settings, torch.device("cpu"), ranks=1, seed=0)
     train_mode(model, settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for seed in range(3):

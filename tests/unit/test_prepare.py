@@ -1,3 +1,6 @@
+import json
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -254,6 +257,22 @@ def test_sizes_of_multiscale_are_a_function_of_seed_and_step_and_begin_with_the_
     assert set(sizes) == {(side, side) for side in (64, 96, 128, 160)}
     assert all(len(set(sizes[first : first + every])) == 1 for first in range(every, 200, every))
     assert job().multiscale(7) == (96, 96)
+
+
+@pytest.mark.parametrize("size", "smlx")
+def test_dfine_repeats_its_size_among_those_that_batches_are_resized_to_as_the_original_does(job, shared, size):
+    augment = load(f"coco2017_dfine_{size}").augment
+    scales = json.loads((shared / "golden/dfine/units.json").read_text())["scales"]
+    wanted = Counter(scales[f"640/{augment.multiscale_repeats}"])
+    repeats = {"s": 20, "m": 6, "l": 4, "x": 3}[size]
+    assert augment.multiscale_repeats == repeats
+    low, high = augment.multiscale
+    small = job(f"augment.multiscale=[{low}, {high}]", f"augment.multiscale_repeats={repeats}", "data.image_size=640")
+    found = Counter(small.multiscale(step)[0] for step in range(1, 2001))
+    assert set(found) == set(wanted)
+    for side, count in wanted.items():
+        share = count / wanted.total()
+        assert found[side] / 2000 == pytest.approx(share, abs=4 * (share * (1 - share) / 2000) ** 0.5), side
 
 
 def test_multiscale_keeps_the_aspect_of_the_input(job):

@@ -36,7 +36,8 @@ RANKS = 2
 SHARE = MOST // RANKS
 # Some images of each rank have no object, and none of the second rank's last part has.
 EMPTY = (1, 12, 13, 14, 15)
-CASES = [(loss, size) for loss in ("yolox-l1", "yolox-fast", "ppyoloe-task-aligned", "ssd") for size in (None, 4)]
+COMPARED = ("yolox-l1", "yolox-fast", "ppyoloe-task-aligned", "ssd", "dfine")
+CASES = [(loss, size) for loss in COMPARED for size in (None, 4)]
 BAD_CASES = [("yolox", None), ("ssd", None), ("ppyoloe-task-aligned", None), ("yolox", 2)]
 ASKED = (True, False, True)
 

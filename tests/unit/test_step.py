@@ -13,7 +13,7 @@ from torch import nn
 from raydet import models
 from raydet.data.batch import Batch
 from raydet.errors import RaydetError
-from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.losses import DFineLoss, PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss
 from raydet.models import Detector, YoloXHead
 from raydet.models.blocks import Conv
 from raydet.recipe import Eval, Recipe, Train
@@ -44,6 +44,7 @@ LOSSES = {
         {"use_static_assigner": False, "use_varifocal_loss": False},
     ),
     "ssd": ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
+    "dfine": ("dfine_n", DFineLoss, {}),
 }
 
 
@@ -115,7 +116,7 @@ def preparation(model):
 def make_step(model, criterion, ranks=1, **settings):
     given = Train(**{"lr": 1e-5, "momentum": 0.0, "weight_decay": 0.0, **settings})
     optimizer = make_optimizer(model, given)
-    return Step(model, criterion, optimizer, given, CPU, ranks), optimizer
+    return Step(model, criterion, optimizer, given, CPU, ranks, seed=0), optimizer
 
 
 def weights(model):
@@ -125,7 +126,7 @@ def weights(model):
 def assert_same_update(before, mine, theirs, share=1e-5):
     """Each tensor moved by the same in two steps from the same weights, to a share of how far it moved."""
     furthest = max((m - b).abs().max() for m, b in zip(mine, before, strict=True))
-    assert furthest > 1e-3
+    assert furthest > 1e-4
     for first, second, third in zip(before, mine, theirs, strict=True):
         assert (third - second).norm() <= share * (second - first).norm() + 1e-9 * furthest
 
@@ -162,7 +163,7 @@ def test_the_parts_of_a_batch_give_the_step_of_the_whole(case, size):
     assert torch.equal(batch.targets, targets), "the batch is not to be written to"
 
 
-@pytest.mark.parametrize("case", ["yolox-l1", "yolox-fast", "ppyoloe-task-aligned", "ssd"])
+@pytest.mark.parametrize("case", ["yolox-l1", "yolox-fast", "ppyoloe-task-aligned", "ssd", "dfine"])
 def test_a_batch_that_fits_in_one_part_is_the_whole(case):
     _, whole, expected = _whole(case)
     model = exact_model(LOSSES[case][0])
@@ -173,7 +174,7 @@ def test_a_batch_that_fits_in_one_part_is_the_whole(case):
     torch.testing.assert_close(outcome.components, expected.components)
 
 
-@pytest.mark.parametrize("case", ["yolox", "ssd"])
+@pytest.mark.parametrize("case", ["yolox", "ssd", "dfine"])
 def test_no_objects_in_any_part(case):
     results = []
     for size in (None, 2):
