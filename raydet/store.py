@@ -218,6 +218,20 @@ class Store:
             raise RaydetError(f"{self.path(name)}: ends before byte {offset + length}")
         return content
 
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes.
+
+        Raises:
+            RaydetError: it is missing or cannot be reached; it is named.
+        """
+        if self._remote is not None:
+            size: int = self._retry(lambda: self._opened(self._key(name)).size(), name)
+            return size
+        try:
+            return os.path.getsize(self.path(name))
+        except OSError as error:
+            raise RaydetError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
+
     def text(self, name: str) -> str:
         """Read a text file in UTF-8, with or without a byte order mark.
 

@@ -16,8 +16,9 @@ from raydet.data.cache import cached
 from raydet.data.coco import load_coco
 from raydet.data.header import check_pixels
 from raydet.data.index import Index
-from raydet.data.own import BUILT_IN, find_dataset, load_own
+from raydet.data.own import BUILT_IN, find_dataset, listed_transforms, load_own
 from raydet.data.problems import Problems
+from raydet.data.transform_list import TransformList
 from raydet.data.voc import load_voc
 from raydet.data.yolo import load_yolo
 from raydet.errors import RaydetError
@@ -72,6 +73,17 @@ def load_index(data: Data, split: Split, problems: Problems | None = None) -> In
     if not len(index):
         raise RaydetError(f"data.root: no image of {split} is left of {data.root}")
     return index
+
+
+def own_transforms(data: Data) -> TransformList:
+    """Return the transforms that the recipe's data set brings for its training images: only one's own class has any.
+
+    Raises:
+        RaydetError: the data set cannot be made, or a transform has no meaning here.
+    """
+    if data.format in BUILT_IN:
+        return TransformList()
+    return listed_transforms(Store(data.root), data.format, *_paths(data, "train"), _params(data, "train"))
 
 
 def _without_too_large(index: Index, max_pixels: int, problems: Problems) -> Index:
@@ -135,6 +147,13 @@ def _read(data: Data, split: Split, problems: Problems) -> Index:
 def _paths(data: Data, split: Split) -> tuple[str | None, str | None]:
     """Return what the recipe says of a split: its annotations and its images."""
     return getattr(data, f"{split}_annotations"), getattr(data, f"{split}_images")
+
+
+def _params(data: Data, split: Split) -> dict[str, Any]:
+    """Return the arguments for the data set's own class; its input_dim is the recipe's, if it takes one."""
+    given: dict[str, Any] = getattr(data, f"{split}_params")
+    input_dim = {"input_dim": list(data.image_size)} if accepts(find_dataset(data.format), "input_dim") else {}
+    return {**input_dim, **given}
 
 
 def _shards(store: Store) -> Index:
@@ -212,5 +231,6 @@ def _own(store: Store, data: Data, split: Split) -> SplitReader:
         code = ""
     reads_root = (accepts(factory, "root") or accepts(factory, "data_dir")) and store.kind() == "folder"
     annotations, images = _paths(data, split)
-    settings = {"name": data.format, "split": split, "annotations": annotations, "images": images}
+    settings: dict[str, Any] = {"name": data.format, "split": split, "annotations": annotations, "images": images}
+    settings["params"] = _params(data, split)
     return SplitReader(load_own, settings, ("",) if code and reads_root else (), code)

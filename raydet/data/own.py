@@ -17,6 +17,7 @@ from raydet.data.coco import load_coco
 from raydet.data.index import Array, Index, index_of_images
 from raydet.data.problems import Problems, refuse_shares
 from raydet.data.scan import image_sizes, present
+from raydet.data.transform_list import TransformList
 from raydet.errors import RaydetError, did_you_mean
 from raydet.plugins import accepts, call, is_own, locate
 from raydet.store import Store, check_encoding, inside, is_uri
@@ -30,24 +31,6 @@ __all__ = [
     "load_own",
     "register_dataset",
 ]
-
-# SuperGradients' transforms of detection data sets → where they are in a recipe; "": the model's preprocessing.
-_TRANSFORMS = {
-    "DetectionMosaic": "augment.mosaic",
-    "DetectionRandomAffine": "augment.degrees, translate, scale and shear",
-    "DetectionMixup": "augment.mixup",
-    "DetectionHSV": "augment.hsv",
-    "DetectionHorizontalFlip": "augment.horizontal_flip",
-    "DetectionVerticalFlip": "augment.vertical_flip",
-    "DetectionRandomRotate90": "augment.rotate90",
-    "DetectionRGB2BGR": "augment.channel_swap",
-    "DetectionPaddedRescale": "",
-    "DetectionRescale": "",
-    "DetectionPadIfNeeded": "",
-    "DetectionStandardize": "",
-    "DetectionNormalize": "",
-    "DetectionTargetsFormatTransform": "",
-}
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -68,11 +51,12 @@ class DetectionDataset(ABC):
         max_num_samples: largest number of samples to use, from the beginning; None: all.
         class_inclusion_list: classes to keep, numbered in this order; None: all.
         ignore_empty_annotations: leave out images without objects.
-        transforms: SuperGradients' transforms that only fit images to the model, as names, {name: arguments} or
-            objects; the model's preprocessing does this here. Augmentation is the recipe's.
+        transforms: names of SuperGradients' transforms, {name: arguments}, or objects of your own, which are called
+            with a `Sample` and a generator. In training they are all the augmentation that there is, in the order that
+            the recipe's has; a list that only fits images to the model leaves it to the recipe.
 
     Raises:
-        RaydetError: a transform augments: it is named, with the key of the recipe that takes its place.
+        RaydetError: a transform or one of its arguments has no meaning here; it is named.
     """
 
     def __init__(
@@ -86,7 +70,7 @@ class DetectionDataset(ABC):
         ignore_empty_annotations: bool = False,
         transforms: Sequence[Any] = (),
     ):
-        _check_transforms(transforms)
+        self.transforms = TransformList.read(transforms)
         self.data_dir = str(data_dir)
         self.original_target_format = TargetFormat(original_target_format)
         self.all_classes_list = list(all_classes_list or ())
@@ -264,6 +248,7 @@ def load_own(
     annotations: str | None = None,
     images: str | None = None,
     problems: Problems | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> Index:
     """Read a data set of the user's own.
 
@@ -274,15 +259,13 @@ def load_own(
         annotations: the recipe's annotations of this split.
         images: the recipe's images of this split.
         problems: gets what is wrong with samples; None: the first problem stops.
+        params: the recipe's arguments for this split, data.train_params or data.val_params.
 
     Raises:
         RaydetError: there is none of this name, or it gives no index; or see `DetectionDataset.index`.
     """
     factory, problems = find_dataset(name), problems or Problems()
-    offered: dict[str, Any] = {"root": store.root, "data_dir": store.root, "split": split}
-    offered |= {"annotations": annotations, "images": images, "problems": problems}
-    taken = {key: value for key, value in offered.items() if accepts(factory, key)}
-    made = call(factory, f"data.format: {name}", **taken)
+    made = _make(store, name, split, annotations, images, params, problems)
     if isinstance(made, DetectionDataset | COCODetectionDataset):
         made = made.index(problems)
     if isinstance(made, Index):
@@ -297,13 +280,36 @@ def load_own(
     return index_of_records(made, class_names, store.root, problems)
 
 
-def _check_transforms(transforms: Sequence[Any]) -> None:
-    """Raise RaydetError for a transform that the recipe has, and not the data set."""
-    for entry in transforms:
-        known = next(iter(entry), "") if isinstance(entry, Mapping) else entry
-        name = known if isinstance(known, str) else type(known).__name__
-        if place := _TRANSFORMS.get(name, "augment.transforms"):
-            raise RaydetError(f"transforms: {name} belongs into the recipe: {place}")
+def listed_transforms(
+    store: Store, name: str, annotations: str | None, images: str | None, params: Mapping[str, Any]
+) -> TransformList:
+    """Return what a data set of the user's own has as the transforms of its training images.
+
+    Raises:
+        RaydetError: there is no data set of this name, or it cannot be made.
+    """
+    factory = find_dataset(name)
+    if not (isinstance(factory, type) and issubclass(factory, DetectionDataset)):
+        return TransformList()
+    made: DetectionDataset = _make(store, name, "train", annotations, images, params, Problems())
+    return made.transforms
+
+
+def _make(
+    store: Store,
+    name: str,
+    split: str,
+    annotations: str | None,
+    images: str | None,
+    params: Mapping[str, Any] | None,
+    problems: Problems,
+) -> Any:
+    """Call a data set's class or function with those arguments that it takes; it must take those of the recipe."""
+    factory = find_dataset(name)
+    offered: dict[str, Any] = {"root": store.root, "data_dir": store.root, "split": split}
+    offered |= {"annotations": annotations, "images": images, "problems": problems}
+    taken = {key: value for key, value in offered.items() if accepts(factory, key)}
+    return call(factory, f"data.format: {name}", **{**taken, **(params or {})})
 
 
 def _select(index: Index, class_inclusion_list: Sequence[str] | None, ignore_empty_annotations: bool) -> Index:

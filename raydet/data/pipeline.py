@@ -16,7 +16,7 @@ from torch import Tensor
 from raydet.boxes import Resize, cxcywh_to_xyxy
 from raydet.data.batch import Batch, local_eval_batches, local_train_batches
 from raydet.data.distort import PhotometricDistort, ZoomedLetterbox
-from raydet.data.formats import load_index
+from raydet.data.formats import load_index, own_transforms
 from raydet.data.index import Index
 from raydet.data.own import TargetFormat
 from raydet.data.problems import Problems
@@ -47,7 +47,11 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
     Raises:
         RaydetError: a transform of the user's own cannot be made.
     """
-    size, data, augment = recipe.data.image_size, recipe.data, recipe.augment
+    size, data, listed = recipe.data.image_size, recipe.data, own_transforms(recipe.data)
+    augment = recipe.augment.model_copy(update=listed.augment)
+    if listed.augment:
+        told = ", ".join(f"{key} {value}" for key, value in listed.augment.items() if value not in (0, (1.0, 1.0)))
+        logger.warning("augmentation is that of the data set's transforms, not the recipe's: %s", told)
     if augment.rotate90 and size[0] != size[1]:
         raise RaydetError(f"augment.rotate90 needs a square data.image_size, not {size[0]}x{size[1]}")
     plain = Letterbox(size, resize)
@@ -77,7 +81,7 @@ def train_samples(recipe: Recipe, index: Index, resize: Resize) -> Samples:
         recipe.seed,
         close_at=(recipe.train.epochs - augment.close_epochs) * len(index) if augment.close_epochs else None,
         closed=(*flips, plain, *colours),
-        own=tuple(_own_transform(entry) for entry in augment.transforms),
+        own=(*listed.own, *(_own_transform(entry) for entry in augment.transforms)),
         window=data.shuffle_window,
         on_error=data.on_error,
     )

@@ -112,11 +112,11 @@ def get(
             raise RaydetError(f"num_queries is {num_queries}: {family.name} has no queries")
         settings["num_queries"] = num_queries
     model = family.models[name](num_classes, **settings)
-    weights = weights or pretrained_weights
-    if weights is not None:
-        from raydet.models.download import local_weights
+    if weights is not None or pretrained_weights is not None:
+        from raydet.models.download import fetch, local_weights
+        from raydet.models.published import published
 
-        load_weights(model, local_weights(weights, name))
+        load_weights(model, fetch(published(name)) if weights is None else local_weights(weights, name))
     return model
 
 

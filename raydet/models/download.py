@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = (1.0, 4.0, 15.0)
 TIMEOUT_S = 30.0  # without a byte, which is taken for a connection that is lost
 _PART = 1 << 20  # bytes read at once
+_REQUEST = 8 << 20  # bytes asked of a store at once
 _TRY_AGAIN = (408, 429)  # and 500 and more: the server is busy or broken, not without the file
 
 
@@ -194,11 +195,17 @@ def _rest_of_http(address: str, part: Path, tell: Callable[[int, int | None], No
 
 
 def _from_store(address: str, part: Path, tell: Callable[[int, int | None], None]) -> None:
+    """Bring a file out of a store, from where `part` ends on; the store tries again by itself."""
     place, question, query = address.partition("?")
     folder, _, name = place.rpartition("/")
-    content = Store(f"{folder}{question}{query}").read(name)
-    part.write_bytes(content)
-    tell(len(content), len(content))
+    store = Store(f"{folder}{question}{query}")
+    total = store.size(name)
+    if part.is_file() and part.stat().st_size > total:
+        part.unlink()
+    with part.open("ab") as file:
+        while (done := file.tell()) < total:
+            file.write(store.read(name, done, min(_REQUEST, total - done)))
+            tell(file.tell(), total)
 
 
 def _reason(error: Exception) -> str:

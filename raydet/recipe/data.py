@@ -40,6 +40,12 @@ class Data(Section):
         None, description="validation annotations, given like train_annotations; null: where the format has them"
     )
     val_images: str | None = Field(None, description="folder of the validation images; null: where the format has it")
+    train_params: dict[str, Any] = Field(
+        {},
+        description="arguments for a data set class of your own that is trained on, such as {samples_dir: images, "
+        "transforms: [{DetectionMosaic: {prob: 1.0}}]}; see docs/own_dataset.md",
+    )
+    val_params: dict[str, Any] = Field({}, description="arguments for that class where it is validated on")
     class_inclusion_list: list[str] | None = Field(
         None,
         description="names of the classes to keep, numbered in this order; objects of other classes are left out; "

@@ -222,10 +222,25 @@ def test_a_folder_is_a_mirror(folder, server, monkeypatch, tmp_path):
     assert not server.asked
 
 
-def test_a_store_is_a_mirror(folder, server, monkeypatch, tmp_path):
+@pytest.mark.parametrize("there", [None, CONTENT[:70_000], CONTENT + b"more"], ids=["whole", "the rest", "too long"])
+def test_a_store_is_a_mirror(folder, server, monkeypatch, tmp_path, there):
+    """It is read in pieces, never as a whole."""
     (tmp_path / "yolox_s.pth").write_bytes(CONTENT)
     monkeypatch.setenv("RAYDET_WEIGHTS", tmp_path.as_uri())
-    assert download.fetch(row(server.address)) == folder / "yolox_s.pth"
+    monkeypatch.setattr(download, "_REQUEST", 100_000)
+    folder.mkdir(parents=True)
+    if there is not None:
+        download._part(folder / "yolox_s.pth", f"{tmp_path.as_uri()}/yolox_s.pth").write_bytes(there)
+    read, lengths = download.Store.read, []
+
+    def counted(store, name, offset=0, length=None):
+        lengths.append(length)
+        return read(store, name, offset, length)
+
+    monkeypatch.setattr(download.Store, "read", counted)
+    assert download.fetch(row(server.address)).read_bytes() == CONTENT
+    assert max(lengths) == 100_000
+    assert sum(lengths) == len(CONTENT) - (70_000 if there == CONTENT[:70_000] else 0)
     assert not server.asked
 
 

@@ -1,17 +1,28 @@
 """The snippets of SuperGradients' page on detection, as they are typed there, but for the paths of imports."""
 
 import hashlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from raydet import models
-from raydet.data import DetectionDataset
+from raydet.data import DetectionDataset, loader, register_dataset
+from raydet.data.transform_list import TransformList
 from raydet.errors import RaydetError
-from raydet.losses import YoloXDetectionLoss
+from raydet.losses import YoloXDetectionLoss, YoloXFastDetectionLoss
+from raydet.metrics import DetectionMetrics
 from raydet.models.published import PUBLISHED, published
+from raydet.outputs import shapes
+from raydet.postprocess import YoloXPostPredictionCallback
+from raydet.recipe import Augment
+from raydet.recipe import load as load_recipe
 from raydet.supergradients import dataloaders
+from raydet.tracking import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback
 from raydet.visualization import DetectionVisualization
 
 
@@ -88,31 +99,237 @@ def test_targets_that_are_fractions_are_not_drawn_as_pixels():
         )
 
 
+# ---- models: outputs by mode, tracing, exporting
+
+OUTPUTS = [
+    ("yolox_n", "[2x1x8x8x8, 2x1x4x4x8, 2x1x2x2x8]", "2x84x8"),
+    ("ppyoloe_s", "[2x84x3, 2x84x68, 84x4, 84x2, [4, 16, 64], 84x1]", "[2x84x4, 2x84x3]"),
+    ("yolo_nas_s", "[2x84x3, 2x84x68, 84x4, 84x2, [64, 16, 4], 84x1]", "[2x84x4, 2x84x3]"),
+    ("ssd_lite_mobilenet_v2", "[2x4x144, 2x4x144]", "2x144x8"),
+    (
+        "dfine_n",
+        "[3x2x20x3, 3x2x20x4, 3x2x20x132, 2x20x3, 2x20x4, 2x20x3, 2x20x4, 33, 1, 0, [64, 64]]",
+        "[2x20x4, 2x20x3]",
+    ),
+]
+NAMES = [name for name, *_ in OUTPUTS]
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """The smallest model of each family, for 3 classes and images of 64 pixels."""
+    torch.manual_seed(0)
+    return {name: models.get(name, num_classes=3, image_size=(64, 64)) for name in NAMES}
+
+
+@pytest.mark.parametrize(("name", "raw", "decoded"), OUTPUTS, ids=NAMES)
+def test_outputs_by_mode(zoo, name, raw, decoded):
+    """In training the raw outputs, which the loss takes; in evaluation (decoded, raw)."""
+    images = torch.zeros(2, 3, 64, 64)
+    assert shapes(zoo[name].train()(images)) == raw
+    assert shapes(zoo[name].eval()(images)) == f"[{decoded}, {raw}]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_traced_and_exported(zoo, name):
+    model = zoo[name].eval()
+    images = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        expected = _tensors(model(images)[0])
+        traced = torch.jit.trace(model, images, check_trace=False)
+        exported = torch.export.export(model, (images,)).module()
+        for again in (traced(images), exported(images)):
+            for found, wanted in zip(_tensors(again), expected, strict=False):
+                torch.testing.assert_close(found, wanted)
+
+
+def _tensors(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [each for part in outputs for each in _tensors(part)] if isinstance(outputs, list | tuple) else []
+
+
+# ---- losses, metrics, callbacks
+
+
+class Heavier(YoloXDetectionLoss):
+    """A loss of one's own, as on the page: a subclass that changes one term."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.iou_weight *= 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [
+        (YoloXDetectionLoss(num_classes=3, iou_weight=10.0), 2),
+        (YoloXFastDetectionLoss(num_classes=3, iou_weight=5.0, dynamic_ks_bias=1.1), None),
+        (Heavier(num_classes=3), 2),
+    ],
+    ids=["weight", "fast", "subclass"],
+)
+def test_weights_and_subclasses_of_losses(zoo, loss, factor):
+    targets = torch.tensor([[0, 1, 20.0, 20, 16, 16], [1, 2, 40.0, 30, 24, 20]])
+    outputs = zoo["yolox_n"].train()(torch.zeros(2, 3, 64, 64))
+    plain, plain_parts = YoloXDetectionLoss(num_classes=3)(outputs, targets)
+    total, parts = loss(outputs, targets)
+    assert loss.component_names[0] == "iou"
+    assert torch.isfinite(total)
+    if factor is not None:
+        assert (total - plain).item() == pytest.approx(5.0 * (factor - 1) * plain_parts[0].item(), rel=1e-4)
+        assert parts[0].item() == plain_parts[0].item(), "what is logged has no weight"
+
+
+def test_detection_metrics_with_a_range_and_thresholds(zoo):
+    metrics = DetectionMetrics(
+        num_cls=3,
+        post_prediction_callback=YoloXPostPredictionCallback(conf=0.1, iou=0.65),
+        normalize_targets=True,
+        iou_thres=(0.5, 0.95),
+        score_thres=0.1,
+        top_k_predictions=300,
+        calc_best_score_thresholds=True,
+        include_classwise_ap=True,
+        class_names=["cat", "dog", "cow"],
+    )
+    outputs = zoo["yolox_n"].eval()(torch.zeros(2, 3, 64, 64))
+    metrics.update(outputs, torch.tensor([[0, 1, 20.0, 20, 16, 16]]), device="cpu", inputs=torch.zeros(2, 3, 64, 64))
+    found = metrics.compute()
+    assert {"Precision@0.50:0.95", "Recall@0.50:0.95", "mAP@0.50:0.95", "F1@0.50:0.95"} <= found.keys()
+    assert any("dog" in key for key in found)
+
+
+def test_callbacks_are_settings():
+    settings = [
+        ExtremeBatchDetectionVisualizationCallback(
+            loss_to_monitor="YoloXDetectionLoss/iou", max=True, freq=1, enable_on_train_loader=True, max_images=8
+        ),
+        ExtremeBatchDetectionVisualizationCallback(metric="mAP@0.50:0.95", max=False),
+    ]
+    dumped = [each.model_dump() for each in settings]
+    recipe = load_recipe("coco2017_yolox_s", [f"track.extreme_batches={json.dumps(dumped)}"])
+    assert recipe.track.extreme_batches == settings
+    assert DetectionVisualizationCallback(phase="valid", batch_idx=0, freq=1).phase == "valid"
+
+
+# ---- a data set of one's own
+
+
+class Darken:
+    """A transform of one's own."""
+
+    def __init__(self, by=2):
+        self.by = by
+
+    def __call__(self, sample, rng):
+        return replace(sample, image=sample.image // self.by)
+
+
+@register_dataset("boxes_of_the_page")
 class Boxes(DetectionDataset):
-    def __init__(self, data_dir, transforms):
-        super().__init__(data_dir, "XYXY_LABEL", all_classes_list=["shape"], transforms=transforms)
+    """The class of the page: its transforms go to the base class."""
+
+    def __init__(self, data_dir, samples_dir, input_dim, transforms):
+        self.samples = sorted(Path(data_dir, samples_dir).iterdir())
+        super().__init__(data_dir, "XYXY_LABEL", all_classes_list=["shape"], input_dim=input_dim, transforms=transforms)
 
     def _setup_data_source(self):
-        return 1
+        return len(self.samples)
 
     def _load_annotation(self, sample_id):
-        return {"img_path": "one.jpg", "target": [[1, 2, 3, 4, 0]], "initial_img_shape": (10, 10)}
+        target = [[8, 8, 24, 24, 0]]
+        return {"img_path": str(self.samples[sample_id]), "target": target, "initial_img_shape": (64, 64)}
 
 
-def test_a_data_set_with_transforms_that_only_fit_images(tmp_path):
-    (tmp_path / "one.jpg").touch()
-    index = Boxes(tmp_path, [{"DetectionPaddedRescale": {"input_dim": [640, 640]}}, "DetectionStandardize"]).index()
-    assert len(index) == 1
+@pytest.fixture
+def boxes(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        cv2.imwrite(str(tmp_path / split / "one.png"), np.full((64, 64, 3), 100, np.uint8))
+    return tmp_path
+
+
+def settings_of(root, transforms):
+    params = {split: {"samples_dir": split, "transforms": listed} for split, listed in transforms.items()}
+    return [
+        "data.format=boxes_of_the_page",
+        f"data.root={root}",
+        "data.image_size=64",
+        *(f"data.{split}_params={json.dumps(given)}" for split, given in params.items()),
+    ]
+
+
+FIT = [{"DetectionPaddedRescale": {"input_dim": [64, 64]}}, "DetectionStandardize"]
+
+
+def test_dataset_params_reach_the_class_and_its_transforms_the_images(boxes):
+    transforms = {"train": [{"DetectionHorizontalFlip": {"prob": 1.0}}, {f"{__name__}:Darken": {"by": 4}}, *FIT]}
+    overrides = settings_of(boxes, {**transforms, "val": FIT})
+    images, targets = next(iter(loader("demo", overrides, split="train", batch_size=1)))
+    assert (images == 25).all()
+    assert targets.tolist() == [[0, 0, 48, 16, 16, 16]]
+    images, targets = next(iter(loader("demo", overrides, split="val", batch_size=1)))
+    assert (images == 100).all()
+    assert targets.tolist() == [[0, 0, 16, 16, 16, 16]]
+
+
+def test_transforms_that_only_fit_images_leave_the_augmentation_to_the_recipe(boxes):
+    overrides = settings_of(boxes, {"train": FIT})
+    off = ["augment.horizontal_flip=1", "augment.hsv=0", "augment.mosaic=0", "augment.scale=[1, 1]"]
+    _, targets = next(iter(loader("demo", [*overrides, *off], split="train", batch_size=1)))
+    assert targets.tolist() == [[0, 0, 48, 16, 16, 16]]
+
+
+@pytest.mark.parametrize(
+    ("listed", "augment"),
+    [
+        ([{"DetectionMosaic": {"prob": 1.0, "input_dim": [640, 640]}}], {"mosaic": 1.0}),
+        (
+            [{"DetectionRandomAffine": {"degrees": 10.0, "translate": 0.1, "scales": [0.1, 2], "shear": 2.0}}],
+            {"degrees": 10.0, "translate": 0.1, "scale": (0.1, 2), "shear": 2.0},
+        ),
+        (
+            [{"DetectionRandomAffine": {"translate": [0.25, 0.75], "scales": 0.5}}],
+            {"degrees": 10.0, "translate": 0.25, "scale": (0.5, 1.5), "shear": 10.0},
+        ),
+        ([{"DetectionMixup": {"prob": 0.5, "mixup_scale": [0.5, 1.5]}}], {"mixup": 0.5, "mixup_scale": (0.5, 1.5)}),
+        (
+            [{"DetectionHSV": {"prob": 0.5, "hgain": 5, "sgain": 30, "vgain": 20}}],
+            {"hsv": 0.5, "hue": 5, "saturation": 30, "value": 20},
+        ),
+        (
+            [{"DetectionVerticalFlip": {"prob": 0.5}}, {"DetectionRGB2BGR": {"prob": 0.25}}],
+            {"vertical_flip": 0.5, "channel_swap": 0.25},
+        ),
+        (["DetectionRandomRotate90"], {"rotate90": 0.375}),
+    ],
+)
+def test_the_names_of_transforms_mean_settings_of_augment(listed, augment):
+    """What such a list does not name is off."""
+    found = TransformList.read(listed).augment
+    assert augment.items() <= found.items()
+    assert {value for key, value in found.items() if key not in augment} <= {0.0, (1.0, 1.0)}
+    Augment.model_validate(dict(found))
 
 
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
-        ([{"DetectionMosaic": {"prob": 1.0}}], "DetectionMosaic belongs into the recipe: augment.mosaic"),
-        (["DetectionMixup"], "DetectionMixup belongs into the recipe: augment.mixup"),
-        ([object()], "object belongs into the recipe: augment.transforms"),
+        (["DetectionMosaik"], "DetectionMosaik has no meaning here; did you mean DetectionMosaic"),
+        ([{"DetectionMosaic": {"probability": 1.0}}], r"DetectionMosaic: .* takes no probability"),
+        ([{"DetectionHorizontalFlip": {}}], "DetectionHorizontalFlip: .*prob is missing"),
+        ([{"DetectionRandomAffine": {"degrees": [0, 10]}}], r"degrees \[0, 10\]: the middle of the two must be 0"),
+        ([object()], "object cannot be called"),
+        (["nowhere:Flip"], "cannot import nowhere"),
     ],
 )
-def test_augmentation_of_a_data_set_is_sent_to_the_recipe(tmp_path, transforms, message):
-    with pytest.raises(RaydetError, match=message):
-        Boxes(tmp_path, transforms)
+def test_a_transform_without_a_meaning_is_refused_by_name(transforms, message):
+    with pytest.raises(RaydetError, match=f"transforms: .*{message}"):
+        TransformList.read(transforms)
+
+
+def test_an_argument_that_the_class_does_not_take_is_refused_by_name(boxes):
+    overrides = [*settings_of(boxes, {}), "data.train_params={folder: train}"]
+    with pytest.raises(RaydetError, match=r"boxes_of_the_page: Boxes.* takes no folder"):
+        loader("demo", overrides)
