@@ -213,9 +213,10 @@ def open_run(folder: Path, recipe: Recipe, inputs: Mapping[str, object]) -> None
 
 def environment() -> dict[str, str | int]:
     """Return what a run's numbers may depend on beside its recipe."""
+    import cv2
     import torch
 
-    packages = ("raydet", "torch", "torchvision", "ray", "numpy", "opencv-python", "pyarrow", "hotcoco")
+    packages = ("raydet", "torch", "torchvision", "ray", "numpy", "pyarrow", "hotcoco")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none on the driver"
     return {
         "python": platform.python_version(),
@@ -223,6 +224,7 @@ def environment() -> dict[str, str | int]:
         "cpus": os.cpu_count() or 0,
         "gpu": gpu,
         **{name: version(name) for name in packages},
+        "opencv": cv2.__version__,  # its package has several names
     }
 
 
