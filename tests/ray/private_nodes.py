@@ -32,8 +32,8 @@ with serve(Path(sys.argv[1])) as s3:
 
 def why_not() -> str:
     """Why such nodes cannot be made here; empty: they can."""
-    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
-        return "unshare or nsenter is not installed"
+    if missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
+        return f"not installed: {', '.join(missing)}"
     tried = ["unshare", "-n", "-m", "-p", "-f", "sh", "-c", f"mkdir -p {PRIVATE} && mount -t tmpfs none {PRIVATE}"]
     done = subprocess.run(tried, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else f"namespaces are not allowed here: {done.stderr.strip()}"

@@ -143,7 +143,9 @@ def test_driver_killed_in_mid_epoch_and_the_last_checkpoint_damaged(options, str
     with command(options, "driver") as driver:
         wait_for(log_of(options, "driver"), f"step 13/{STEPS}", lambda: driver.poll() is None)
         os.killpg(driver.pid, signal.SIGKILL)  # as by the kernel: no clean-up of its own
-    folder = log_of(options, "driver").parent
+    folder, seen = log_of(options, "driver").parent, 0
+    while seen != (seen := (folder / "log.txt").stat().st_size):
+        time.sleep(4)  # longer than some steps
     last = sorted(folder.glob("checkpoint_0*"))[-1]
     content = (last / "training.pt").read_bytes()
     (last / "training.pt").write_bytes(content[: len(content) // 2])
