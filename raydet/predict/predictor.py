@@ -89,6 +89,19 @@ class Detections:
         """Open the image with the boxes in a viewer, or below a notebook's cell."""
         PIL.Image.fromarray(self.draw()).show()
 
+    def to_supervision(self) -> Any:
+        """Return them as `supervision.Detections`, with the names of the classes under `class_name`.
+
+        Raises:
+            RaydetError: supervision is not installed.
+        """
+        try:
+            from supervision import Detections as Converted
+        except ImportError:
+            raise RaydetError("supervision is not installed: pip install supervision") from None
+        data = {"class_name": np.array(self.names, dtype=str)}
+        return Converted(xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data=data)
+
     def to_coco(self, image_id: int | None = None) -> list[dict[str, Any]]:
         """Return them as COCO's results, in the category ids of the data set the model was trained on.
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from raydet.recipe import Recipe
 from raydet.runs.log import RunLog, Tracker
-from raydet.tracking.tensorboard import TensorBoardRun
-from raydet.tracking.weights_and_biases import WandbRun
 
 
 @contextmanager
-def tracked(recipe: Recipe, folder: Path, log: RunLog, rank: int) -> Iterator[None]:
-    """Send what a training logs within to Weights & Biases and TensorBoard too, as the recipe has it."""
-    track, trackers = recipe.track, list[Tracker]()
+def tracked(recipe: Recipe, folder: Path, log: RunLog, rank: int, others: Sequence[Tracker] = ()) -> Iterator[None]:
+    """Send what a training logs within to Weights & Biases and TensorBoard, as the recipe has it, and to `others`."""
+    track, trackers = recipe.track, list(others)
     if rank == 0 and track.wandb:
+        from raydet.tracking.weights_and_biases import WandbRun
+
         trackers.append(WandbRun(recipe, folder, log.say))
     if rank == 0 and track.tensorboard:
+        from raydet.tracking.tensorboard import TensorBoardRun
+
         trackers.append(TensorBoardRun(folder, log.say))
     log.trackers = trackers
     failed = True

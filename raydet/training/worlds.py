@@ -192,7 +192,10 @@ def worker(config: Mapping[str, Handed]) -> Any:
         stacks = job.folder / f"hang_rank_{rank}.txt"
         watchdog = stack.enter_context(Watchdog(60 * job.recipe.scale.hang_minutes, stacks, log.say))
         world = RayWorld(handed, job, watchdog.beat)
-        stack.enter_context(tracked(job.recipe, job.folder, log, rank))
+        from raydet.tracking.ray_metrics import RayMetrics
+
+        figures = [RayMetrics(job.recipe.name, job.batch_size(world.size))] if rank == 0 else []
+        stack.enter_context(tracked(job.recipe, job.folder, log, rank, figures))
         return handed.loop(Run(job, world, log))
 
 

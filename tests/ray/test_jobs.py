@@ -42,6 +42,7 @@ class Server:
     def __init__(self, folder):
         self.folder = folder
         gcs, dashboard, agent, agent_grpc, client, metrics, environment = free_ports(7)
+        self._metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY")},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is that of `ray start`
@@ -50,6 +51,7 @@ class Server:
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_metrics_report_interval_ms": "300",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "WANDB_MODE": "offline",
             "RAYDET_CACHE": str(folder / "cache"),
@@ -101,6 +103,12 @@ class Server:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
             return json.load(answer)
 
+    def metrics(self):
+        """Return what Prometheus would read: name{tags} → value."""
+        with urllib.request.urlopen(self._metrics, timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+
     def stop(self):
         """Stop what this has started and nothing else."""
         self._head.send_signal(signal.SIGTERM)
@@ -148,10 +156,13 @@ def trained(server, options):
     training = ["demo", *options, "name=a", "train.epochs=12", "eval.every=6", "track.wandb=true"]
     server.submit("train", *training, job="first", wait=False)
     until(lambda: "step 7/" in server.logs("first"), SUBMIT_S, "the seventh step")
+    until(lambda: "ray_raydet_loss" in str(server.metrics()), SUBMIT_S, "the loss among Ray's metrics")
+    figures = {name.partition("{")[0]: float(value) for name, value in server.metrics().items() if 'run="a"' in name}
     stop = server.ray("job", "stop", "first")
     assert stop.returncode == 0, stop.stderr
     stopped = server.logs("first")
-    return stopped, server.info("first"), server.submit("train", *training, job="second"), server.folder / "runs" / "a"
+    again = server.submit("train", *training, job="second")
+    return stopped, server.info("first"), again, server.folder / "runs" / "a", figures
 
 
 def steps_in(log):
@@ -159,7 +170,7 @@ def steps_in(log):
 
 
 def test_a_job_is_stopped_after_its_step_with_a_checkpoint(trained):
-    log, info, _, folder = trained
+    log, info, _, folder, _ = trained
     assert "stopping after this step, with a checkpoint" in log
     assert "what was interrupted goes on when the same command is run again" in log
     step = steps_in(log)[-1]
@@ -170,7 +181,7 @@ def test_a_job_is_stopped_after_its_step_with_a_checkpoint(trained):
 
 
 def test_submitted_again_it_goes_on_where_it_was(trained):
-    log, _, again, folder = trained
+    log, _, again, folder, _ = trained
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resumed after step {steps_in(log)[-1]}" in again.stdout
     assert steps_in(again.stdout) == list(range(steps_in(log)[-1] + 1, 61))
@@ -180,9 +191,18 @@ def test_submitted_again_it_goes_on_where_it_was(trained):
 
 
 def test_a_stopped_job_has_ended_its_run_of_weights_and_biases(trained):
-    *_, folder = trained
+    *_, folder, _ = trained
     assert len(list(folder.glob("wandb/offline-run-*"))) == 2
     assert sum(record.HasField("exit") for record in records(folder)) == 2
+
+
+def test_the_figures_of_a_training_are_metrics_of_the_cluster(trained):
+    *_, figures = trained
+    names = {"loss", "images_per_second", "data_wait_ratio", "step_seconds"}
+    assert figures.keys() == {f"ray_raydet_{name}" for name in names}
+    assert figures["ray_raydet_step_seconds"] * figures["ray_raydet_images_per_second"] == pytest.approx(8)
+    assert 0 <= figures["ray_raydet_data_wait_ratio"] <= 1
+    assert figures["ray_raydet_loss"] > 0
 
 
 def test_a_mistake_is_a_line_and_an_exit_code(server, options):

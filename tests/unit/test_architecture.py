@@ -34,7 +34,7 @@ LAYER = {name: number for number, line in enumerate(LAYERS.split("\n")) for name
 
 # Who may import Ray: all others can be read, tested and debugged without it.
 RAY = ("data.limits", "data.stream", "data.shards", "cluster", "training.worlds", "training.on_ray", "training.beside")
-RAY += ("predict.on_ray", "tuning")
+RAY += ("predict.on_ray", "tracking.ray_metrics", "tuning")
 RAY_AT_THE_TOP = ("tuning",)
 
 # What can be lifted out of raydet: it computes, and reads and writes nothing.
@@ -203,7 +203,7 @@ def test_descriptions_of_settings_name_their_noun(key, description):
 
 
 # How many modules of raydet it takes to read a part of it; these numbers may only fall.
-BUDGETS = {"raydet.training.loop": 70, "raydet.api": 101, "raydet.predict.predictor": 54}
+BUDGETS = {"raydet.training.loop": 70, "raydet.api": 99, "raydet.predict.predictor": 54}
 
 
 @pytest.mark.parametrize("module", BUDGETS)

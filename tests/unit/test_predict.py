@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -242,6 +243,24 @@ def test_score_and_iou_replace_the_checkpoint_s(predictor, photo):
     assert len(predictor.predict(photo[0], 0.05, iou=0.95)) > len(many)
     with pytest.raises(RaydetError, match="iou: 65 is not between 0 and 1"):
         predictor.predict(photo[0], iou=65)
+
+
+def test_detections_are_those_of_supervision(predictor, photo):
+    supervision = pytest.importorskip("supervision")
+    found = predictor.predict(photo[0])
+    converted = found.to_supervision()
+    assert isinstance(converted, supervision.Detections)
+    assert len(converted) == len(found) > 0
+    assert converted["class_name"].tolist() == list(found.names)
+    best = converted[0]
+    np.testing.assert_array_equal(best.xyxy[0], found.boxes[0])
+    assert (best.confidence[0], best.class_id[0]) == (found.scores[0], found.labels[0])
+
+
+def test_without_supervision_it_says_what_to_install(predictor, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(RaydetError, match="supervision is not installed: pip install supervision"):
+        predictor.predict(photo[0]).to_supervision()
 
 
 def test_coco_results_have_the_data_set_s_category_ids(predictor, photo):
