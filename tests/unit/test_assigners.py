@@ -13,6 +13,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raydet.boxes import cxcywh_to_xyxy
 from raydet.losses import PPYoloELoss, SSDLoss, YoloXDetectionLoss, YoloXFastDetectionLoss, assignment
 from raydet.outputs import DFLOutput, ssd_default_boxes
 
@@ -56,7 +57,11 @@ def aims(size, batch, targets, points, generator):
         mine = targets[targets[:, 0] == image, 2:]
         boxes[image] = mine[torch.randint(len(mine), (points,), generator=generator)]
     noise = 0.2 * torch.randn(boxes.shape, generator=generator)
-    return torch.cat((boxes[..., :2] + noise[..., :2] * boxes[..., 2:], boxes[..., 2:] * noise[..., 2:].exp()), dim=-1)
+    made = torch.cat((boxes[..., :2] + noise[..., :2] * boxes[..., 2:], boxes[..., 2:] * noise[..., 2:].exp()), dim=-1)
+    # Where two edges are at the same place, IoU has no gradient, and which side is taken depends on the last bit.
+    ties = (cxcywh_to_xyxy(made) - cxcywh_to_xyxy(boxes)).abs().amin(-1) < 1e-3
+    made[..., :2] += 0.02 * ties[..., None]
+    return made
 
 
 def yolox_outputs(size, batch, targets, seed):

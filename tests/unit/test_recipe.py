@@ -206,10 +206,6 @@ def test_wrong_overrides_are_refused_by_name(override, message):
             "GPUs",
         ),
         (
-            ["scale.async_validation=true", "storage=s3://bucket/runs"],
-            "Value error, scale.async_validation needs a storage that all nodes share as a folder",
-        ),
-        (
             ["track.visualize=[{phase: dusk}]"],
             "track.visualize.0.phase: Input should be 'train' or 'valid', not 'dusk'",
         ),
