@@ -65,7 +65,7 @@ def draw(lines: _Lines, title: str) -> bytes:
     from matplotlib.figure import Figure
 
     training = list(filter(_is_training, lines))
-    figure = Figure(figsize=(18, 9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(21, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)
     (loss, parts, accuracy), (rate, speed, rest) = figure.subplots(2, 3)

@@ -25,9 +25,7 @@ from tests.unit.test_tracking import records
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SUBMIT_S = 400
-
-pytestmark = pytest.mark.timeout(900)
+SUBMIT_S = 150
 
 
 def free_ports(count):

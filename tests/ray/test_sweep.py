@@ -12,7 +12,7 @@ import raydet
 from raydet.recipe import load
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(400)
 def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     import ray
     from ray.util.state import list_actors

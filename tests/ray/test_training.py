@@ -106,4 +106,4 @@ def test_a_broken_image_stops_the_run_at_once_and_is_named(demo, shapes, tmp_pat
     with pytest.raises(RaydetError, match=rf"{name} is not an image that can be decoded \(8 bytes\)$") as error:
         train(demo, f"data.train_images={images}")
     assert "\n" not in str(error.value)
-    assert time.monotonic() - began < 200, "not after all that Ray tries again"
+    assert time.monotonic() - began < 60

@@ -46,6 +46,7 @@ LOSSES = {
     "ssd": ("ssd_lite_mobilenet_v2", SSDLoss, {"alpha": 0.7}),
     "dfine": ("dfine_n", DFineLoss, {}),
 }
+LEAST_MOVED = {case: 1e-4 if case == "dfine" else 1e-3 for case in LOSSES}  # by a step of the learning rate 1e-5
 
 
 def some_batch(count, empty=(), seed=1):
@@ -123,10 +124,11 @@ def weights(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def assert_same_update(before, mine, theirs, share=1e-5):
-    """Each tensor moved by the same in two steps from the same weights, to a share of how far it moved."""
+def assert_same_update(before, mine, theirs, share=1e-5, least=1e-3):
+    """Each tensor moved by the same in two steps from the same weights, to a share of how far it moved. One of them has
+    moved by at least so much."""
     furthest = max((m - b).abs().max() for m, b in zip(mine, before, strict=True))
-    assert furthest > 1e-4
+    assert furthest > least
     for first, second, third in zip(before, mine, theirs, strict=True):
         assert (third - second).norm() <= share * (second - first).norm() + 1e-9 * furthest
 
@@ -155,7 +157,7 @@ def test_the_parts_of_a_batch_give_the_step_of_the_whole(case, size):
     step, _ = make_step(model, exact_criterion(model, case), micro_batch_size=size)
     targets = batch.targets.clone()
     outcome = step(batch, preparation(model))
-    assert_same_update(before, whole, weights(model))
+    assert_same_update(before, whole, weights(model), least=LEAST_MOVED[case])
     torch.testing.assert_close(outcome.loss, expected.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(outcome.components, expected.components, rtol=1e-5, atol=1e-6)
     assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
