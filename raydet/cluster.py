@@ -15,6 +15,8 @@ from raydet.recipe import Scale
 from raydet.store import is_uri
 
 _ANSWER_S = 10.0  # for a cluster to answer; Ray would try for many minutes
+_Node = Mapping[str, Any]  # as `ray.nodes()` describes it
+
 _LOOK_S = 60.0  # for all nodes to look for a path
 _LOOKS, _LOOK_AGAIN_S = 4, 1.0
 
@@ -138,7 +140,7 @@ def check_kept(folder: str | Path, what: str) -> None:
         )
 
 
-def check_seen(key: str, path: str, nodes: Sequence[Mapping[str, Any]], file: str = "") -> None:
+def check_seen(key: str, path: str, nodes: Sequence[_Node], file: str = "") -> None:
     """Look for a local path from a task on each node that will need it.
 
     Args:
@@ -243,9 +245,6 @@ def workers_on(scale: Scale, groups: int = 1) -> tuple[bool, int, bool]:
         )
     wanted = {"CPU": fewest * each, "GPU": gpu * fewest * scale.gpu_share}
     return gpu, each, any(room.here.get(name, 0) < amount for name, amount in wanted.items())
-
-
-_Node = Mapping[str, Any]  # as `ray.nodes()` describes it
 
 
 def alive_nodes() -> list[_Node]:

@@ -43,10 +43,10 @@ class _Cpus:
         self._count, self._until = 0.0, 0.0
 
     def now(self) -> float:
-        import ray
+        from raydet.cluster import alive_nodes
 
         if time.monotonic() > self._until:
-            nodes = [node for node in ray.nodes() if node["Alive"] and self._labels.items() <= node["Labels"].items()]
+            nodes = [node for node in alive_nodes() if self._labels.items() <= node["Labels"].items()]
             self._count = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
             self._until = time.monotonic() + _LOOK_EVERY_S
         return self._count

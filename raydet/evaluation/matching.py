@@ -81,15 +81,7 @@ class Matches:
 
 
 def match(truth: BoxTable, found: BoxTable, num_classes: int, ious: Floats, top_k: int = 100) -> Matches:
-    """Give objects to detections as the COCO API does.
-
-    Args:
-        truth: the objects.
-        found: the detections.
-        num_classes: number of classes, C.
-        ious: [T] lowest IoU of a right detection with its object, ascending.
-        top_k: largest number of detections of each class in an image that count, best scores first.
-    """
+    """Give objects to detections as the COCO API does: the matches of all sizes, see `Matching`."""
     return Matching(truth, found, num_classes, ious, top_k).matches
 
 

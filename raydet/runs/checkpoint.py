@@ -150,14 +150,15 @@ def _card(content: Mapping[str, Any]) -> str:
     """Return the model card of a checkpoint: what people read where its folder is shown, for instance on a hub."""
     (height, width), preprocessing, metrics = content["image_size"], content["preprocessing"], content["metrics"]
     about = {
-        "model": f"{content['model'] or 'an own one'}, trained with [raydet](https://pypi.org/project/raydet)",
+        "model": f"{content['model'] or 'an own one'}, trained with raydet",
         "input": f"{height} x {width} pixels (height x width), {preprocessing['channels']}, {preprocessing['resize']}",
-        "trained": f"{content['epoch']:g} epochs, {content['step']:,} steps; recipe.yaml in the folder above has all",
+        "trained": f"{content['epoch']:g} epochs, {content['step']:,} steps, by recipe.yaml in the folder of the run",
         "licence of the weights it began with": content["licence"] or "it began with random weights, or none is known",
     }
     tables = [about, {key.removeprefix("val/"): f"{value:.4f}" for key, value in metrics.items()}]
     about_text, accuracy = (
-        "\n".join(("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items()))) for table in tables
+        "\n".join(("| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in table.items())))
+        for table in tables
     )
     names = ", ".join(entry["name"] for entry in content["classes"])
     return (
@@ -168,6 +169,11 @@ def _card(content: Mapping[str, Any]) -> str:
         "## Use\n\n```python\nimport raydet\n\n"
         'found = raydet.load("path/of/this/folder").predict("photo.jpg")\nfound.show()\n```\n'
     )
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table: a class may have any name."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
