@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raydet.data.transforms import SampleTransform
 from raydet.errors import RaydetError, did_you_mean
 from raydet.plugins import call, is_own, locate
+
+if TYPE_CHECKING:
+    from raydet.data.transforms import SampleTransform
 
 # Settings of `augment` that a list decides: what it does not name is off.
 _OFF: dict[str, Any] = {

@@ -226,7 +226,6 @@ class Darken:
         return replace(sample, image=sample.image // self.by)
 
 
-@register_dataset("boxes_of_the_page")
 class Boxes(DetectionDataset):
     """The class of the page: its transforms go to the base class."""
 
@@ -243,7 +242,10 @@ class Boxes(DetectionDataset):
 
 
 @pytest.fixture
-def boxes(tmp_path):
+def boxes(tmp_path, monkeypatch):
+    """The folder of a registered data set of this class."""
+    monkeypatch.setattr("raydet.data.own.REGISTERED", {})
+    register_dataset("boxes_of_the_page")(Boxes)
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         cv2.imwrite(str(tmp_path / split / "one.png"), np.full((64, 64, 3), 100, np.uint8))
