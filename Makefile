@@ -12,10 +12,9 @@ SHAPES := data/shapes/annotations/instances_val.json
 demo: $(INSTALLED) $(SHAPES)
 	$(BIN)/raydet train demo
 
-# Two files at a time, each with one thread; those of Ray have all of the machine.
+# In two processes, each with one thread: one begins with the tests of Ray, see tests/conftest.py.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/gpu tests/parity tests/unit
-	$(BIN)/pytest tests/ray
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/gpu tests/parity tests/unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -49,7 +49,9 @@ def connect(scale: Scale, verbose: bool, groups: int = 1) -> bool:
     # On one's own machine CPUs are only names: workers and data tasks share them, and none must wait for ever.
     cpus = os.cpu_count() or 1
     workers = groups * (scale.workers[1] + scale.async_validation) * (scale.cpus_per_worker or 1)
-    ray.init(address="local", num_cpus=max(cpus, workers + (scale.data_tasks or max(1, cpus // 2))), **options)
+    names = max(cpus, workers + (scale.data_tasks or max(1, cpus // 2)))
+    # Ray's dashboard takes ten seconds of a CPU to start.
+    ray.init(address="local", num_cpus=names, include_dashboard=False, **options)
     return True
 
 

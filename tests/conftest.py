@@ -11,15 +11,29 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
     RAY_DEDUP_LOGS="0",
+    LOG_NAME_UPDATE_INTERVAL_S="10",  # Ray's log monitor lists its folder this often, by default twice a second
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process more for each worker group
     RAY_worker_niceness="0",  # by default anything else that runs on the machine takes the workers' CPU
     RAYDET_CACHE=tempfile.mkdtemp(prefix="raydet-cache-"),
 )
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from raydet.data.coco import load_coco
 from raydet.data.synthetic import make_dataset
+
+
+class RayBesideTheRest(LoadFileScheduling):
+    """With `pytest -n 2 --dist loadfile`: one process takes all files of tests/ray, with one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return RayBesideTheRest(config, log)
 
 
 @pytest.fixture(scope="session")

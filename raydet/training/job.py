@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -160,6 +160,14 @@ class World(Protocol):
 
     def beat(self) -> None:
         """Give a sign of life."""
+        ...
+
+    def ranks_to_lose(self) -> int:
+        """Return how many ranks are on nodes that are about to be taken away."""
+        ...
+
+    def leave(self) -> NoReturn:
+        """End this worker, as the run goes on without those nodes; all ranks call it."""
         ...
 
     def paths(self, rows: Iterable[int]) -> list[str]:

@@ -43,7 +43,7 @@ class Keeper:
         self._leader = run.leader
         self._bad_batches = run.job.folder / "not_finite"
         self._looked = self._saved = time.monotonic()
-        self._told = self._over = False
+        self._told = self._over = self._warned = False
         self._last = ""  # name of the last checkpoint
         # Validations beside the training, one at a time: checkpoints that wait for theirs, and the one that runs.
         self._awaited: list[Path] = []
@@ -59,19 +59,25 @@ class Keeper:
             drop_metrics_after(self._job.folder, state.step)
             self._awaited = checkpoint.awaited(self._job.folder)
 
-    def asked(self, state: Progress) -> tuple[bool, bool, bool]:
-        """Return rank 0's flags: stop after this step, keep a checkpoint then, end as it gets no better."""
+    def asked(self, state: Progress) -> tuple[bool, bool, bool, bool]:
+        """Return rank 0's flags: after this step stop, keep a checkpoint, end as it gets no better, go on elsewhere."""
         track = self._job.recipe.track
         due = track.checkpoint_steps is not None and (state.step + 1) % track.checkpoint_steps == 0
         if not self._leader:
-            return False, due, False
+            return False, due, False, False
         now = time.monotonic()
         due = due or (track.checkpoint_minutes is not None and now - self._saved > 60 * track.checkpoint_minutes)
         if now - self._looked > _LOOK_EVERY_S:
             self._looked = now
             self._told = (self._job.folder / STOP).exists()
             self._collect(state)
-        return self._told, due, self._over
+        leaves = False
+        if not self._warned and (lost := self._world.ranks_to_lose()):
+            self._warned = due = True
+            leaves = self._world.size - lost >= self._job.recipe.scale.workers[0]
+            then = "the training goes on without it" if leaves else "the training goes on until it is gone"
+            self._log.say(f"a node of this training is about to be taken away: keeping a checkpoint; {then}")
+        return self._told, due, self._over, leaves
 
     def judge(self, state: Progress, metrics: Mapping[str, float]) -> bool:
         """Take note of a validation's metrics; return whether the training is to end, as it gets no better.

@@ -102,7 +102,7 @@ def train_loop(run: Run) -> Ended:  # noqa: PLR0912 - it reads top to bottom
         size = job.multiscale(int(planned))
         prepare = partial(_prepared, preprocessing=job.config.preprocessing, size=size)
         outcome = step(batch, prepare, keeper.asked(state), pictures.need_outputs(state.position))
-        interrupted, due, ended = outcome.asked
+        interrupted, due, ended, leaves = outcome.asked
         state.step += 1
         pictures.step(state.position, state.step, batch, outcome, size)
         state.position += batch_size
@@ -139,6 +139,8 @@ def train_loop(run: Run) -> Ended:  # noqa: PLR0912 - it reads top to bottom
             meter.pause()
         if interrupted or ended:
             break
+        if leaves:
+            world.leave()
     stream.close()  # it would go on making batches beside what is still to be done
 
     # What remains at the end: validations beside the training, and the average of the best checkpoints.

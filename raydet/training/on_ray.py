@@ -62,7 +62,7 @@ def on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     fewest, most = scale.workers
     started = connect(scale, verbose)
@@ -97,7 +97,7 @@ def on_ray(
             stack.enter_context(table)
         stack.enter_context(follow(job.folder, say, table))
         stack.enter_context(beside)
-        trainer = TorchTrainer(
+        trainer = _trainer(
             worker,
             train_loop_config={"handed": handed},
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
@@ -112,7 +112,7 @@ def on_ray(
                 name=notes.name,
                 storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                callbacks=[_stop_on_user_error(), *callbacks],
+                callbacks=[_after_failures(), *callbacks],
             ),
         )
         return _fit(trainer, job.folder / STOP, say)
@@ -187,14 +187,48 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _stop_on_user_error() -> Any:
+def _trainer(*arguments: Any, **settings: Any) -> Any:
+    """Return a TorchTrainer without the actor that Ray Train starts with each worker group for data sets of its own.
+
+    The samples come by raydet's stream; the actor would cost each start three seconds of a CPU.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+    return Trainer(*arguments, **settings)
+
+
+def _after_failures() -> Any:
     """Return a callback of Ray Train that ends a run at once when a worker meets what no new worker would cure."""
     from ray.train import UserCallback
 
-    class StopOnUserError(UserCallback):  # type: ignore[misc]
+    class AfterFailures(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if (mine := user_error(error)) is not None:
                     raise mine
+            _count_staying_nodes()
 
-    return StopOnUserError()
+    return AfterFailures()
+
+
+def _count_staying_nodes() -> None:
+    """Let Ray Train's controller, this process, count no node that is about to be taken away among those for workers.
+
+    Ray places no worker there any more. Ray Train counts the node as long as it lives, and would wait for it.
+    """
+    import ray
+    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+    def count(policy: Any, reserved: dict[str, Any]) -> Any:
+        leaving = ray._private.state.state.get_draining_nodes()
+        return counted(policy, {node: resources for node, resources in reserved.items() if node not in leaving})
+
+    counted = ElasticScalingPolicy._count_possible_workers
+    if counted.__module__ != __name__:
+        ElasticScalingPolicy._count_possible_workers = count

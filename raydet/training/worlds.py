@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -54,6 +54,14 @@ class LocalWorld:
 
     def beat(self) -> None:
         """See World. A debugger may stop as long as it likes."""
+
+    def ranks_to_lose(self) -> int:
+        """See World."""
+        return 0
+
+    def leave(self) -> NoReturn:
+        """See World. There is no other node to go on with."""
+        raise AssertionError
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """See World."""
@@ -159,6 +167,21 @@ class RayWorld:
         import ray.train
 
         ray.train.report(metrics)
+
+    def ranks_to_lose(self) -> int:
+        """See World."""
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        # Ray Train tells each worker. Its public ray.train.get_preemption_info makes all ranks wait for each other.
+        notice = get_train_context().preemption_context.preemption_info
+        return 0 if notice is None else len(notice.preempted_ranks)
+
+    def leave(self) -> NoReturn:
+        """See World."""
+        from ray.exceptions import RayActorError
+
+        # Ray Train starts the workers anew at once, and does not count this among `scale.max_failures`.
+        raise RayActorError(error_msg="a node of the training is about to be taken away", preempted=True)
 
     def validate(self, weights: bytes, epoch: int, step: int) -> ValidationBeside:
         """See World."""

@@ -1,5 +1,5 @@
-"""Trains on a cluster of three nodes of this machine, of which one makes the samples, kills another and replaces it;
-test_faults.py runs it in a process of its own.
+"""Trains on a cluster of three nodes of this machine, of which one makes the samples; kills another, replaces it, and
+gives notice that the new one will be taken away. test_faults.py runs it in a process of its own.
 
 python node_killed.py RECIPE [key=value]...
 
@@ -9,6 +9,7 @@ Prints one JSON object: when what happened, in seconds since the start, and on w
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,8 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="1",
+    RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5",
 )
 
 import ray
@@ -37,6 +40,8 @@ DETECTION = {
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 5,
 }
+
+NOTICE_S = 100  # from the notice until the node is taken away
 
 
 def main(recipe: str, *overrides: str) -> None:
@@ -83,8 +88,16 @@ def main(recipe: str, *overrides: str) -> None:
     seen["again"] = seen.pop("images/s")
     # The workers start anew from the last checkpoint: one of the single worker's, or its steps are repeated by two.
     wait_for("checkpoint: ", times=log.read_text().count("checkpoint: ") + 1)
-    cluster.add_node(**node("train"))
+    leaving = cluster.add_node(**node("train"))
     wait_for("resumed after step", times=2)
+    lines = log.read_text().count("images/s")
+    wait_for("images/s", times=lines + 5)
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--node-id", leaving.node_id]
+    notice += ["--deadline-remaining-seconds", str(NOTICE_S)]
+    subprocess.run(["ray", "drain-node", "--address", cluster.address, *notice], check=True, capture_output=True)
+    seen["notice"] = time.monotonic() - began
+    wait_for("resumed after step", times=3)
+    seen["left"] = time.monotonic() - began
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 5)
     records = {"filters": [("name", "=", "MapBatches(_make_block)")], "raise_on_missing_output": False}

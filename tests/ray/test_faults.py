@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 import raydet
-from raydet.runs import checkpoint
 
-EPOCHS, STEPS = 4, 20
+pytestmark = pytest.mark.timeout(500)  # the unlucky run starts five groups of workers
+
+EPOCHS, STEPS = 8, 40
 FIRST_CHECKPOINT = "checkpoint: checkpoint_000000_00000003"
 
 
@@ -38,7 +40,7 @@ def options(shapes, tmp_path_factory):
         "data.chunk_size=16",
         "train.batch_size=8",
         f"train.epochs={EPOCHS}",
-        "eval.every=2",
+        "eval.every=4",
         "track.log_every=1",
         "track.checkpoint_steps=3",
         "scale.num_workers=2",
@@ -56,9 +58,9 @@ def log_of(options, name):
     return Path(storage, name, "log.txt")
 
 
-def wait_for(log, text, alive, seconds=240):
+def wait_for(log, text, alive, seconds=240, after=0):
     deadline = time.monotonic() + seconds
-    while not (log.exists() and text in log.read_text()):
+    while not (log.exists() and text in log.read_text()[after:]):
         assert alive(), f"the run ended before {text!r}"
         assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
         time.sleep(0.01)
@@ -107,7 +109,7 @@ def workers():
     # The address is named: without one Ray asks the cluster started last, which may be that of a killed driver.
     here = ray.get_runtime_context().gcs_address
     found = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    return [actor.pid for actor in found]
+    return {actor.pid for actor in found}
 
 
 def metrics_of(folder):
@@ -135,74 +137,93 @@ def assert_equal_to(straight, folder):
         assert ours == theirs, key
 
 
-def test_driver_killed_in_mid_epoch_and_the_last_checkpoint_damaged(options, straight):
-    """It is named, and the same command goes on from the one before. Lost: the steps since then.
+@pytest.fixture(scope="module")
+def unlucky(options):
+    """A run to which one fault after the other happens: its folder, and what was said from each fault to the next."""
+    name, said = "unlucky", {}
+    log = log_of(options, name)
 
-    The workers live some seconds longer than their driver, and make some steps more.
-    """
-    with command(options, "driver") as driver:
-        wait_for(log_of(options, "driver"), f"step 13/{STEPS}", lambda: driver.poll() is None)
+    with command(options, name) as driver:
+        wait_for(log, FIRST_CHECKPOINT, lambda: driver.poll() is None)
+        os.killpg(driver.pid, signal.SIGINT)  # as in a terminal, where all processes of the command get it
+        said["ctrl-c"], _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130, said["ctrl-c"]
+
+    with command(options, name) as driver:
+        wait_for(log, f"step 8/{STEPS}", lambda: driver.poll() is None)
         os.killpg(driver.pid, signal.SIGKILL)  # as by the kernel: no clean-up of its own
-    folder, seen = log_of(options, "driver").parent, 0
-    while seen != (seen := (folder / "log.txt").stat().st_size):
-        time.sleep(4)  # longer than some steps
-    last = sorted(folder.glob("checkpoint_0*"))[-1]
+    size = 0
+    while size != (size := log.stat().st_size):  # the workers live some seconds longer, and make some steps more
+        time.sleep(4)
+    last = sorted(log.parent.glob("checkpoint_0*"))[-1]
     content = (last / "training.pt").read_bytes()
     (last / "training.pt").write_bytes(content[: len(content) // 2])
-    with running(options, "driver") as (_, said):
-        pass
-    assert any(line.startswith(f"warning: {last.name} is damaged: training.pt has") for line in said)
-    assert any(line.startswith("resumed after step") for line in said)
-    assert_equal_to(straight, folder)
+
+    with running([*options, "scale.hang_minutes=0.4"], name) as (thread, lines):
+        seen: set[int] = set()
+        for fault, number in (("worker killed", signal.SIGKILL), ("worker hangs", signal.SIGSTOP)):
+            before = len(log.read_text())
+            wait_for(log, "2 worker(s)", thread.is_alive, after=before)
+            while len(alive := workers() - seen) < 2:  # Ray takes a moment to see that those before are gone
+                time.sleep(0.1)
+            seen, victim = alive, max(alive)
+            wait_for(log, "checkpoint: ", thread.is_alive, after=before)
+            os.kill(victim, number)
+            said[fault] = len(lines)
+    edges = [0, *(said.pop(fault) for fault in ("worker killed", "worker hangs")), len(lines)]
+    for fault, (start, stop) in zip(("driver killed", "worker killed", "worker hangs"), pairwise(edges), strict=True):
+        said[fault] = lines[start:stop]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    return log.parent, said, last.name
 
 
-def test_worker_killed(options, straight):
+def resumed(lines):
+    return [int(line.split()[-1]) for line in lines if line.startswith("resumed after step")]
+
+
+def test_ctrl_c(unlucky):
+    """Lost: nothing."""
+    folder, said, _ = unlucky
+    assert "stopping after this step, with a checkpoint" in said["ctrl-c"]
+    assert "goes on when the same command is run again" in said["ctrl-c"]
+    done = int(re.findall(rf"step (\d+)/{STEPS}", said["ctrl-c"])[-1])
+    assert 3 <= done < STEPS
+    assert resumed((folder / "log.txt").read_text().splitlines())[0] == done
+
+
+def test_driver_killed_in_mid_epoch_and_the_last_checkpoint_damaged(unlucky):
+    """It is named, and the same command goes on from the one before. Lost: the steps since then."""
+    _, said, damaged = unlucky
+    assert any(line.startswith(f"warning: {damaged} is damaged: training.pt has") for line in said["driver killed"])
+    assert len(resumed(said["driver killed"])) == 1
+
+
+def test_worker_killed(unlucky):
     """The others are replaced with it, by themselves. Lost: the steps since the last checkpoint."""
-    with running(options, "worker") as (thread, said):
-        wait_for(log_of(options, "worker"), FIRST_CHECKPOINT, thread.is_alive)
-        os.kill(workers()[-1], signal.SIGKILL)
-    assert any(line.startswith("resumed after step") for line in said)
-    assert_equal_to(straight, log_of(options, "worker").parent)
+    _, said, _ = unlucky
+    assert len(resumed(said["worker killed"])) == 1
 
 
-def test_worker_hangs(options, straight):
+def test_worker_hangs(unlucky):
     """The others wait for it in vain, until the watchdog ends them all. Lost: as if it was killed, and the wait."""
-    with running([*options, "scale.hang_minutes=0.4"], "hangs") as (thread, said):
-        wait_for(log_of(options, "hangs"), FIRST_CHECKPOINT, thread.is_alive)
-        stopped = workers()[-1]
-        os.kill(stopped, signal.SIGSTOP)
-    assert any("has done nothing for 24 s (scale.hang_minutes)" in line for line in said)
-    assert any(line.startswith("resumed after step") for line in said)
-    folder = log_of(options, "hangs").parent
+    folder, said, _ = unlucky
+    assert any("has done nothing for 24 s (scale.hang_minutes)" in line for line in said["worker hangs"])
+    assert len(resumed(said["worker hangs"])) == 1
     stacks = next(folder.glob("hang_rank_*.txt")).read_text()
     assert "raydet/training/step.py" in stacks, "where it hung"
-    assert_equal_to(straight, folder)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(stopped, signal.SIGKILL)
 
 
-def test_ctrl_c_and_the_same_command_again(options, straight):
-    """As in a terminal, where all processes of the command get the signal. Lost: nothing."""
-    with command(options, "ctrl-c") as driver:
-        wait_for(log_of(options, "ctrl-c"), FIRST_CHECKPOINT, lambda: driver.poll() is None)
-        os.killpg(driver.pid, signal.SIGINT)
-        printed, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130, printed
-    assert "stopping after this step, with a checkpoint" in printed
-    assert "goes on when the same command is run again" in printed
-    folder = log_of(options, "ctrl-c").parent
-    done = [line["step"] for line in metrics_of(folder)][-1]
-    assert 3 <= done < STEPS
-    assert checkpoint.position(checkpoint.latest(folder)[0]) == 8 * done
-    with running(options, "ctrl-c") as (_, said):
-        pass
-    assert f"resumed after step {done}" in said
-    assert_equal_to(straight, folder)
+def test_all_of_it_leaves_the_run_that_nothing_happens_to(unlucky, straight):
+    assert_equal_to(straight, unlucky[0])
 
 
 def test_node_killed(options, tmp_path):
     """Of two that train, with elastic workers: it goes on with one, and with two when there is another. Lost: the steps
-    since the last checkpoint; no sample is left out or taken twice after it. A third node makes the samples."""
+    since the last checkpoint; no sample is left out or taken twice after it. A third node makes the samples.
+
+    When a node is about to be taken away, it goes on without it before that. Lost: no step.
+    """
     overrides = [o for o in options if not o.startswith(("storage=", "scale.", "train."))]
     nodes = ["scale.data_label=raydet=data", "scale.worker_resources={fake_gpu: 1}"]
     long = [
@@ -222,19 +243,24 @@ def test_node_killed(options, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert re.findall(r"(\d) worker\(s\) on cpu", result["log"]) == ["2", "1", "2"]
+    assert re.findall(r"(\d) worker\(s\) on cpu", result["log"]) == ["2", "1", "2", "1"]
     assert "train.batch_size 9 cannot be shared by 2 workers equally: steps take 8 images" in result["log"]
     positions = [line["position"] for line in metrics_of(tmp_path / "node") if "train/loss" in line]
     steps = np.diff([0, *positions])
     assert set(steps) == {8, 9}, "each step takes the samples after those of the step before"
-    assert np.count_nonzero(np.diff(steps)) == 2, "two workers, one, two"
+    assert np.count_nonzero(np.diff(steps)) == 3, "two workers, one, two, one"
     assert set(result["ran_on"]["workers"]) == {"train"}
-    assert len(result["ran_on"]["workers"]) == 5
+    assert len(result["ran_on"]["workers"]) == 6
     assert set(result["ran_on"]["tasks"]) == {"data"}
     assert len(result["ran_on"]["tasks"]) > 5
-    lost = result["seen"]["again"] - result["seen"]["killed"]
-    print(f"time lost: {lost:.1f} s")
-    assert lost < 120
+    seen = result["seen"]
+    print(f"time lost: {seen['again'] - seen['killed']:.1f} s, and {seen['left'] - seen['notice']:.1f} s with a notice")
+    assert seen["again"] - seen["killed"] < 120
+    assert seen["left"] - seen["notice"] < 60
+    _, _, after_notice = result["log"].partition("a node of this training is about to be taken away")
+    until_checkpoint, _, after_checkpoint = after_notice.partition("checkpoint: ")
+    last = re.findall(r"step (\d+)/", until_checkpoint)[-1]
+    assert f"resumed after step {last}" in after_checkpoint, "no step is lost"
 
 
 def test_validation_elsewhere_gives_the_same_numbers(options, straight):
@@ -245,7 +271,7 @@ def test_validation_elsewhere_gives_the_same_numbers(options, straight):
     ours, theirs = (
         {line["epoch"]: line for line in metrics_of(run) if "val/mAP@0.50:0.95" in line} for run in (straight, folder)
     )
-    assert ours.keys() == theirs.keys() == {2, 4}
+    assert ours.keys() == theirs.keys() == {4, 8}
     for epoch, line in ours.items():
         for key, value in line.items():
             if key.startswith("val/"):
@@ -253,5 +279,5 @@ def test_validation_elsewhere_gives_the_same_numbers(options, straight):
     last = f"checkpoint_{EPOCHS:06d}"
     assert same(load_file(straight / last / "model.safetensors"), load_file(folder / last / "model.safetensors"))
     content = json.loads((folder / last / "config.json").read_text())
-    assert content["metrics"]["val/mAP@0.50:0.95"] == theirs[4]["val/mAP@0.50:0.95"]
+    assert content["metrics"]["val/mAP@0.50:0.95"] == theirs[8]["val/mAP@0.50:0.95"]
     assert not content["awaited"]

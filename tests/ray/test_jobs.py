@@ -74,7 +74,7 @@ class Server:
             self._head = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        until(lambda: self.ray("job", "list").returncode == 0, 60, "the job server answers")
+        until(self.answers, 60, "the job server answers")
 
     def ray(self, *arguments):
         return subprocess.run(
@@ -93,15 +93,21 @@ class Server:
         options = [*given, *(() if wait else ("--no-wait",))]
         return self.ray("job", "submit", *options, "--", "python", f"jobs/{name}.py", *arguments)
 
-    def logs(self, job):
-        return self.ray("job", "logs", job).stdout
-
-    def info(self, job, token=None):
-        """Return what the server knows of a job, over HTTP as a dashboard asks it."""
-        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}"
+    def get(self, path, token=None):
+        """Ask the server over HTTP, as a dashboard does; the command `ray job logs` takes a second to start."""
+        url = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{path}"
         headers = {"Authorization": f"Bearer {token or self.environment['RAY_AUTH_TOKEN']}"}
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
             return json.load(answer)
+
+    def answers(self):
+        try:
+            return self.get("") == []
+        except urllib.error.URLError:
+            return False
+
+    def logs(self, job):
+        return self.get(f"{job}/logs")["logs"] or ""
 
     def metrics(self):
         """Return what Prometheus would read: name{tags} → value."""
@@ -162,7 +168,7 @@ def trained(server, options):
     assert stop.returncode == 0, stop.stderr
     stopped = server.logs("first")
     again = server.submit("train", *training, job="second")
-    return stopped, server.info("first"), again, server.folder / "runs" / "a", figures
+    return stopped, server.get("first"), again, server.folder / "runs" / "a", figures
 
 
 def steps_in(log):
@@ -211,10 +217,10 @@ def test_a_mistake_is_a_line_and_an_exit_code(server, options):
     log = server.logs("mistake")
     assert "error: storage: runs is in the working directory of this job, which Ray deletes" in log
     assert "Traceback" not in log
-    assert server.info("mistake")["driver_exit_code"] == 2
+    assert server.get("mistake")["driver_exit_code"] == 2
 
 
 def test_strangers_submit_nothing(server):
     with pytest.raises(urllib.error.HTTPError) as error:
-        server.info("first", token="wrong" * 8)
+        server.get("first", token="wrong" * 8)
     assert error.value.code in (401, 403)

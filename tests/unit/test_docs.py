@@ -164,11 +164,11 @@ def test_the_translated_recipe_trains_on_coco(shared, tmp_path):
     overrides = [
         f"data.root={coco}",
         f"storage={tmp_path}",
-        *("data.image_size=96", "train.batch_size=8", "scale.num_workers=1"),
+        *("data.image_size=96", "data.max_num_samples=16", "train.batch_size=8", "scale.num_workers=1"),
     ]
     said = []
     result = raydet.train(tmp_path / "mine.yaml", overrides=overrides, debug=True, device="cpu", say=said.append)
-    assert any("step 16/16" in line for line in said)
+    assert any("step 4/4" in line for line in said)
     assert "val/mAP@0.50:0.95" in result.metrics
 
 
@@ -201,7 +201,7 @@ def test_the_examples_of_one_s_own_train(recipe, setting, shapes, tmp_path, own_
 # that no cluster is started. The rest trains (tests/ray does), needs COCO, or a cluster.
 RUNS = ("inspect /data/mine", "recipes", "plot runs/mine", "report runs/mine", "predict runs/mine", "predict mine.onnx")
 RUNS += ("export runs/mine", "evaluate runs/mine", "tune-nms runs/mine")
-PRINTED = [line for line in COMMANDS.values() if line.startswith(tuple(f"raydet {start}" for start in RUNS))]
+PRINTED = sorted({line for line in COMMANDS.values() if line.startswith(tuple(f"raydet {start}" for start in RUNS))})
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def workplace(shapes, tmp_path_factory):
 def test_a_command_runs_as_printed(line, workplace, shapes):
     words = [word.replace("/data/mine", str(shapes)) for word in ours(line)]
     words = words[: words.index(">")] if ">" in words else words
-    if words[0] == "predict" and words[1] == "mine.onnx":  # the line above it
+    if words[:2] == ["predict", "mine.onnx"] and not (workplace / "mine.onnx").exists():  # the line above it
         assert command("export", "runs/mine", "--out", "mine.onnx", cwd=workplace).returncode == 0
     if words[0] in ("evaluate", "tune-nms"):
         words += ["--debug", "--device", "cpu", *(["--trials", "4"] if words[0] == "tune-nms" else [])]

@@ -365,6 +365,14 @@ def test_prediction_by_name(nano, shared, tmp_path):
     assert metrics["mAP@0.50:0.95"] == pytest.approx(0.3063, abs=0.0005)
 
 
+def test_export_by_name(nano, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["export", "yolox_n"])
+    assert done.exit_code == 0, done.output
+    exported, named = raydet.load("yolox_n.onnx"), raydet.load("yolox_n", "cpu")
+    assert exported.config.class_names == named.config.class_names
+
+
 def test_a_name_is_a_checkpoint_of_coco_s_classes(nano, shared):
     config = raydet.load("yolox_n", "cpu").config
     index = load_coco(shared / "data/coco_mini/annotations/instances_val2017.json", shared / "data/coco_mini/val2017")
