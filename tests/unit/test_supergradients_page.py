@@ -315,6 +315,13 @@ def test_the_names_of_transforms_mean_settings_of_augment(listed, augment):
     Augment.model_validate(dict(found))
 
 
+def test_a_list_turns_off_every_augmentation_there_is():
+    strengths = {"mixup_scale", "hue", "saturation", "value"}
+    others = {"close_epochs", "multiscale", "multiscale_every", "multiscale_repeats", "transforms"}
+    off = TransformList.read([{"DetectionHorizontalFlip": {"prob": 0}}]).augment
+    assert off.keys() == Augment.model_fields.keys() - strengths - others
+
+
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
