@@ -32,7 +32,7 @@ app = typer.Typer(
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="recipe that names the data and, for a weights file, the model")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="run in this process, without Ray: breakpoints work")]
+Debug = Annotated[bool, typer.Option("--debug", help="run in this process, without Ray, so that breakpoints work")]
 TrustCode = Annotated[
     bool,
     typer.Option(
@@ -66,7 +66,7 @@ def train(
         bool,
         typer.Option(
             "--debug",
-            help="train in one process, without Ray, on 64 images, for 2 epochs of small batches: breakpoints work",
+            help="train in one process, without Ray, so that breakpoints work: 64 images, 2 epochs, run NAME-debug",
         ),
     ] = False,
     device: Device = None,
@@ -168,7 +168,7 @@ def tune(
     overrides: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train with many settings at once, stop those early that fall behind, and find the best.
+    """Search for the best hyperparameters: train with many settings, and stop poor trials early.
 
     tune.space says which settings of the recipe to try: loss weights, learning rate, augmentation, the model. A sweep
     is a folder, {storage}/{name}-tune, that holds a run for each trial. The same command again resumes the sweep.

@@ -13,7 +13,7 @@ app = typer.Typer(invoke_without_command=True)
 
 @app.callback()
 def weights(context: typer.Context) -> None:
-    """List the published weights that a model's name stands for: AP on COCO, size, licence, address, where they are.
+    """List the published weights that a model's name stands for: AP on COCO, size, licence, address, local path.
 
     Where a command takes a checkpoint, the name of a model is its published COCO weights. They are downloaded at the
     first use; RAYDET_WEIGHTS names a folder or a mirror that is asked first.
