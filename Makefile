@@ -12,9 +12,10 @@ SHAPES := data/shapes/annotations/instances_val.json
 demo: $(INSTALLED) $(SHAPES)
 	$(BIN)/raydet train demo
 
-# In two processes, each with one thread: one begins with the tests of Ray, see tests/conftest.py.
+# Two files at a time, each with one thread; those of Ray have all of the machine.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/gpu tests/parity tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/gpu tests/parity tests/unit
+	$(BIN)/pytest tests/ray
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -19,21 +19,9 @@ os.environ.update(
 
 import pytest
 import torch
-from xdist.scheduler import LoadFileScheduling
 
 from raydet.data.coco import load_coco
 from raydet.data.synthetic import make_dataset
-
-
-class RayBesideTheRest(LoadFileScheduling):
-    """With `pytest -n 2 --dist loadfile`: one process takes all files of tests/ray, with one cluster."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
-
-
-def pytest_xdist_make_scheduler(config, log):
-    return RayBesideTheRest(config, log)
 
 
 @pytest.fixture(scope="session")
