@@ -54,6 +54,7 @@ def main() -> None:
         }
         starts.append({"places": places, "trained": trained, "validated": validated, "dealers": dealers})
         begin = stop
+        ray.kill(board)  # whose threads would outlive the cluster
     print(json.dumps({"nodes": {node: number_of(node) for node in nodes}, "starts": starts}))
     ray.shutdown()
     cluster.shutdown()
