@@ -24,6 +24,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 import raydet
+from raydet.runs import checkpoint
 
 pytestmark = pytest.mark.timeout(500)  # the unlucky run starts five groups of workers
 
@@ -139,7 +140,8 @@ def assert_equal_to(straight, folder):
 
 @pytest.fixture(scope="module")
 def unlucky(options):
-    """A run to which one fault after the other happens: its folder, and what was said from each fault to the next."""
+    """A run to which one fault after the other happens: its folder, what was said from each fault to the next, the
+    checkpoint that was damaged, and the position of the one that Ctrl-C left."""
     name, said = "unlucky", {}
     log = log_of(options, name)
 
@@ -148,6 +150,7 @@ def unlucky(options):
         os.killpg(driver.pid, signal.SIGINT)  # as in a terminal, where all processes of the command get it
         said["ctrl-c"], _ = driver.communicate(timeout=60)
     assert driver.returncode == 130, said["ctrl-c"]
+    stopped_at = checkpoint.position(checkpoint.latest(log.parent)[0])
 
     with command(options, name) as driver:
         wait_for(log, f"step 8/{STEPS}", lambda: driver.poll() is None)
@@ -175,7 +178,7 @@ def unlucky(options):
         said[fault] = lines[start:stop]
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
-    return log.parent, said, last.name
+    return log.parent, said, last.name, stopped_at
 
 
 def resumed(lines):
@@ -184,30 +187,31 @@ def resumed(lines):
 
 def test_ctrl_c(unlucky):
     """Lost: nothing."""
-    folder, said, _ = unlucky
+    folder, said, _, stopped_at = unlucky
     assert "stopping after this step, with a checkpoint" in said["ctrl-c"]
     assert "goes on when the same command is run again" in said["ctrl-c"]
     done = int(re.findall(rf"step (\d+)/{STEPS}", said["ctrl-c"])[-1])
     assert 3 <= done < STEPS
+    assert stopped_at == 8 * done
     assert resumed((folder / "log.txt").read_text().splitlines())[0] == done
 
 
 def test_driver_killed_in_mid_epoch_and_the_last_checkpoint_damaged(unlucky):
     """It is named, and the same command goes on from the one before. Lost: the steps since then."""
-    _, said, damaged = unlucky
+    _, said, damaged, _ = unlucky
     assert any(line.startswith(f"warning: {damaged} is damaged: training.pt has") for line in said["driver killed"])
     assert len(resumed(said["driver killed"])) == 1
 
 
 def test_worker_killed(unlucky):
     """The others are replaced with it, by themselves. Lost: the steps since the last checkpoint."""
-    _, said, _ = unlucky
+    _, said, *_ = unlucky
     assert len(resumed(said["worker killed"])) == 1
 
 
 def test_worker_hangs(unlucky):
     """The others wait for it in vain, until the watchdog ends them all. Lost: as if it was killed, and the wait."""
-    folder, said, _ = unlucky
+    folder, said, *_ = unlucky
     assert any("has done nothing for 24 s (scale.hang_minutes)" in line for line in said["worker hangs"])
     assert len(resumed(said["worker hangs"])) == 1
     stacks = next(folder.glob("hang_rank_*.txt")).read_text()

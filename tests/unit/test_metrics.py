@@ -411,7 +411,7 @@ def test_the_measures_of_each_image_cost_about_what_the_metrics_do():
         for group in (np.arange(images) // 16, np.arange(images)):
             found.measure("mAP@0.50:0.95", group)
 
-    assert cpu_seconds(by_image) < 5 * cpu_seconds(whole.compute)  # it matches once, and measures twice
+    assert cpu_seconds(by_image) < 3 * cpu_seconds(whole.compute)
 
 
 def test_all_measures_are_of_one_matching(monkeypatch):
