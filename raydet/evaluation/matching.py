@@ -350,8 +350,11 @@ def interpolated(
         reached = np.searchsorted(recalls, hits / matches.objects[mine], side="right")  # the first so many recalls
         some = reached > 0
         np.maximum.at(table, (mine[some], reached[some] - 1), (hits / (every + np.spacing(1)))[some])
-    highest = np.maximum.accumulate(highest[:, :, ::-1], axis=2)[:, :, ::-1]
-    return np.where(matches.objects[:, None] > 0, highest, np.nan)
+    # In place: groups of images and classes make many rows, and a copy costs more than the maxima.
+    downwards = highest[:, :, ::-1]
+    np.maximum.accumulate(downwards, axis=2, out=downwards)
+    highest[:, matches.objects == 0] = np.nan
+    return highest
 
 
 def _sums(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
