@@ -204,7 +204,10 @@ def _trainer(*arguments: Any, **settings: Any) -> Any:
 
 
 def _after_failures() -> Any:
-    """Return a callback of Ray Train that ends a run at once when a worker meets what no new worker would cure."""
+    """Return a callback of Ray Train for workers that fail.
+
+    An error that no new worker would cure ends the run at once. Otherwise new workers are placed on nodes that stay.
+    """
     from ray.train import UserCallback
 
     class AfterFailures(UserCallback):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from raydet.recipe import load
 
 
 @pytest.mark.timeout(400)
-def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path, one_thread):
+def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
     import ray
     from ray.util.state import list_actors
 
@@ -90,9 +90,8 @@ def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path, one_thread):
     assert states <= {"REMOVED"}
     assert not (folder / "ray").exists()
 
-    # The recipe of the best is a training of its own, with the same result, also without Ray.
-    own = ["loss.name=YoloXFastDetectionLoss"]  # without the witness, who asks Ray
-    best = raydet.train(sweep.recipe, overrides=own, debug=True, device="cpu", say=lambda line: None)
+    # The recipe of the best is a training of its own, with the same result.
+    best = raydet.train(sweep.recipe, say=lambda line: None)
     metrics = [json.loads(line) for line in (best.folder / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("val/mAP@0.50:0.95", 0) for line in metrics) == sweep.trials[0].value
 

@@ -17,9 +17,8 @@ from raydet.errors import RaydetError
 from raydet.models import export as onnx_models
 from raydet.models import family_of
 from raydet.postprocess import PPYoloEPostPredictionCallback
-from raydet.predict import export as export_module
 from raydet.predict.export import compare, export
-from raydet.predict.predictor import OnnxPredictor, load
+from raydet.predict.predictor import load
 from raydet.recipe import Eval
 from raydet.runs.checkpoint import Config, Progress, pack, write
 from tests.command import raydet as command
@@ -236,41 +235,25 @@ def test_the_file_says_what_it_is(exported):
 
 @pytest.fixture(scope="module")
 def unsure(tmp_path_factory):
-    """A checkpoint that detects nothing with a score above its own threshold, what its export returned and said, and
-    the two models that were compared."""
-    folder, said, compared = tmp_path_factory.mktemp("unsure"), [], []
-    checkpoint = made(folder, "yolox_n", Eval(score=0.05), num_classes=5, bias=-6.0, spread=0.01)
-    with pytest.MonkeyPatch.context() as patch:
-
-        def recording(*arguments):
-            compared.append(onnx_models.to_onnx(*arguments))
-            return compared[-1]
-
-        patch.setattr(export_module, "to_onnx", recording)
-        written = export(checkpoint, folder / "model.onnx", say=said.append)
-    return checkpoint, written, said, compared
+    """A checkpoint that detects nothing with a score above its own threshold."""
+    folder = tmp_path_factory.mktemp("unsure")
+    return made(folder, "yolox_n", Eval(score=0.05), num_classes=5, bias=-6.0, spread=0.01)
 
 
 @pytest.mark.parametrize("fixture", ["exported", "unsure"])
 def test_what_detects_something_else_is_not_written(fixture, request, tmp_path, monkeypatch):
-    """Half the pixels' values: a preprocessing that went wrong on the way. The models are those of before."""
+    """Half the pixels' values: a preprocessing that went wrong on the way."""
     given = request.getfixturevalue(fixture)
-    models_made = [given[1].read_bytes()] if fixture == "exported" else list(given[3])
-    monkeypatch.setattr(export_module, "to_onnx", lambda *arguments: models_made.pop(0))
-    right = OnnxPredictor.detect_fitted
-    monkeypatch.setattr(
-        OnnxPredictor,
-        "detect_fitted",
-        lambda self, images, *given: right(self, [image // 2 for image in images], *given),
-    )
+    right = onnx_models.Exported.forward
+    monkeypatch.setattr(onnx_models.Exported, "forward", lambda self, images: right(self, images // 2))
     with pytest.raises(RaydetError, match="not written, as onnxruntime detects something else than PyTorch"):
-        export(given[0], tmp_path / "model.onnx", say=lambda text: None)
-    assert not models_made
+        export(given[0] if fixture == "exported" else given, tmp_path / "model.onnx", say=lambda text: None)
     assert not list(tmp_path.iterdir())
 
 
-def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(unsure):
-    _, written, said, _ = unsure
+def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(unsure, tmp_path):
+    said = []
+    written = export(unsure, tmp_path / "model.onnx", say=said.append)
     assert any(
         "nothing is detected there with a score above 0.05: comparing what is above 0.00" in line for line in said
     )
