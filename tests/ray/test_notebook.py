@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 NOTEBOOK = Path(__file__).parents[2] / "docs/first_steps.ipynb"
-SHORTER = {"train=240, val=60": "train=64, val=24", "train.epochs=12": "train.epochs=3", "trials=50": "trials=10"}
+SHORTER = {"train=480, val=120": "train=64, val=24", "train.epochs=22": "train.epochs=3", "trials=50": "trials=10"}
 
 
 def text_of(cell):
