@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from raydet.models.reference_weights import other_classes
 from raydet.recipe import DetectionVisualizationCallback, ExtremeBatchDetectionVisualizationCallback, Pictures, Recipe
 from raydet.recipe import load as load_recipe
 from raydet.reports.curves import plot
-from raydet.reports.evaluation import write_evaluation
+from raydet.reports.evaluation import draw_validation, write_evaluation
 from raydet.reports.run import report
 from raydet.reports.terminal import LiveTable
 from raydet.runs import checkpoint
@@ -184,6 +185,7 @@ def _train(
     write_aside(folder / _SUMMARY, json.dumps({"metrics": ended.metrics, "best": best.name}, indent=1))
     try:
         plot(folder)
+        draw_validation(folder, job.val_index, copy.deepcopy(job.model))
         report(folder)
     except RaydetError as error:  # the training is done
         say(f"warning: {error}")

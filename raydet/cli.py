@@ -84,10 +84,7 @@ def train(
     from raydet.data.problems import Problems
     from raydet.plugins import is_own
     from raydet.recipe import load
-    from raydet.reports.run import report as report_of_run
     from raydet.reports.terminal import summary
-    from raydet.reports.validation import draw_validation
-    from raydet.runs.checkpoint import build
     from raydet.runs.mirror import address_of, opened
     from raydet.store import is_uri
 
@@ -100,17 +97,14 @@ def train(
     settings = load(result.folder / "recipe.yaml")
     data, name = settings.data, settings.model.name
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
-    model = build(name, len(index.class_names), data.image_size) if is_own(name) else None
     run = result.address or str(result.folder)
     with opened(run) as folder:
-        if not result.finished_before:
-            drawn = address_of(run, draw_validation(folder, index, model))
-            say(f"detections on validation images, beside the truth: {drawn}")
+        pictures = folder / "images"
+        say(f"detections on validation images, beside the truth: {address_of(run, pictures / 'validation.jpg')}")
         for line in summary(folder):
             say(line)
-        say(f"curves: {address_of(run, folder / 'images' / 'metrics.png')}")
-        if not result.finished_before:
-            say(f"report: {address_of(run, report_of_run(folder))}")
+        say(f"curves: {address_of(run, pictures / 'metrics.png')}")
+        say(f"report: {address_of(run, folder / 'report.html')}")
         say(f"run folder: {run}")
         say(f"best checkpoint: {address_of(run, result.checkpoint)}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, detections.json (COCO's results) and five pictures; results read again."""
+"""What an evaluation leaves: metrics.json, detections.json (COCO's results), pictures of curves and of detections."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
+from torch import nn
 
+from raydet.data.index import Index
+from raydet.data.render import decode
+from raydet.errors import RaydetError
 from raydet.evaluation.coco import IOUS, RECALLS, CocoEvaluation
 from raydet.evaluation.matching import counts, match
+from raydet.predict.predictor import Detections, load
 from raydet.store import Store
+from raydet.visualization import draw_boxes, grid, resized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METRICS, DETECTIONS = "metrics.json", "detections.json"
 PICTURES = ("precision_recall", "classes", "confusion", "errors", "calibration")
+_SHOWN, _SHOWN_SCORE, _CELL = 6, 0.3, 360
 _CLASSES_SHOWN = 30  # the best and the worst of more
 _BLUE, _GREY, _RED = "#0072B2", "#999999", "#D55E00"
 _ERRORS = {
@@ -128,3 +136,37 @@ def _calibration(axes: Axes, evaluation: CocoEvaluation, coco: Any, metrics: Map
     )
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share", title=f"calibration: error {found['ece']:.3f}")
     axes.legend()
+
+
+def draw_validation(folder: Path, index: Index, model: nn.Module) -> None:
+    """Draw the best checkpoint's detections on validation images beside the ground truth.
+
+    The images are spread over the index; detections below a score of 0.3 are left out.
+
+    Args:
+        folder: folder of the run.
+        index: index of the images.
+        model: gets the checkpoint's weights.
+    """
+    predictor = load(folder, model=model)
+    pictures = []
+    count = min(_SHOWN, len(index))
+    for row in (number * len(index) // count for number in range(count)):
+        try:
+            image = decode(index.read(row), index.path(row), index.size(row))
+        except RaydetError:  # left out, as the log says
+            continue
+        scale = min(_CELL / side for side in image.shape[:2])
+        shown = resized(image, scale, cv2.INTER_AREA)
+        truth = index.annotations(row)
+        found = predictor.predict(image[:, :, ::-1], _SHOWN_SCORE)
+        assert isinstance(found, Detections)
+        pictures += [
+            draw_boxes(shown, truth.boxes * scale, truth.labels.tolist(), index.class_names),
+            draw_boxes(
+                shown, found.boxes * scale, found.labels.tolist(), predictor.config.class_names, found.scores.tolist()
+            ),
+        ]
+    path = folder / "images" / "validation.jpg"
+    path.parent.mkdir(exist_ok=True)
+    cv2.imwrite(str(path), grid(pictures, columns=4, cell=(_CELL, _CELL)))

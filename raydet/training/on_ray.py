@@ -221,16 +221,18 @@ def _after_failures() -> Any:
 
 
 def _count_staying_nodes() -> None:
-    """Let Ray Train's controller, this process, count no node that is about to be taken away among those for workers.
+    """Let Ray Train's controller, this process, count only nodes that live and stay among those for workers.
 
-    Ray places no worker there any more. Ray Train counts the node as long as it lives, and would wait for it.
+    Ray places no worker on a node that is about to be taken away. Ray Train counts such a node as long as it lives, and
+    up to 20 s longer, because it looks at the cluster's nodes that seldom; it would wait for the node, or restart the
+    workers for it.
     """
     import ray
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
     def count(policy: Any, reserved: dict[str, Any]) -> Any:
-        leaving = ray._private.state.state.get_draining_nodes()
-        return counted(policy, {node: resources for node, resources in reserved.items() if node not in leaving})
+        staying = {node["NodeID"] for node in alive_nodes()} - set(ray._private.state.state.get_draining_nodes())
+        return counted(policy, {node: resources for node, resources in reserved.items() if node in staying})
 
     counted = ElasticScalingPolicy._count_possible_workers
     if counted.__module__ != __name__:

@@ -94,7 +94,8 @@ def main(recipe: str, *overrides: str) -> None:
     wait_for("images/s", times=lines + 5)
     notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--node-id", leaving.node_id]
     notice += ["--deadline-remaining-seconds", str(NOTICE_S)]
-    subprocess.run(["ray", "drain-node", "--address", cluster.address, *notice], check=True, capture_output=True)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, *notice]
+    subprocess.run(command, check=True, capture_output=True)
     seen["notice"] = time.monotonic() - began
     wait_for("resumed after step", times=3)
     seen["left"] = time.monotonic() - began
