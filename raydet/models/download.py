@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raydet.errors import RaydetError
-from raydet.models.published import PUBLISHED, Published, published
+from raydet.models.published import PUBLISHED, Published, backbone, published
 from raydet.store import Store, is_uri
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def local_weights(weights: str | Path, model: str) -> str | Path:
     """Return a file's or folder's path or URI as it is, and for published weights the path of their file.
 
     Args:
-        weights: "coco" for the COCO weights of the model; or the name of a model, where nothing has this path; or
-            a path or URI.
+        weights: "coco" for the COCO weights of the model; "imagenet" for those of its backbone; or the name of a
+            model, where nothing has this path; or a path or URI.
         model: name of the model.
 
     Raises:
@@ -59,6 +59,8 @@ def local_weights(weights: str | Path, model: str) -> str | Path:
     """
     if str(weights) == "coco":  # also beside a folder of this name, which is likely the data
         return fetch(published(model))
+    if str(weights) == "imagenet":
+        return fetch(backbone(model))
     return fetch(published(str(weights))) if is_published(weights) else weights
 
 
@@ -138,11 +140,12 @@ def _check(file: Path, weights: Published, source: str) -> None:
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(f"{found}\n")
         logger.warning("%s: no sum is published; %s is kept in %s, and checked from now on", source, found, record)
-    elif found != expected:
+    elif not found.startswith(expected):
         if file.suffix == ".part":
             file.unlink()
+        should = f"{'be' if len(expected) == len(found) else 'begin with'} {expected}"
         raise RaydetError(
-            f"{source} is not the file that was published: its SHA-256 sum is {found}, and should be {expected}; "
+            f"{source} is not the file that was published: its SHA-256 sum is {found}, and should {should}; "
             "it is not used"
         )
 

@@ -1,4 +1,4 @@
-"""Published COCO weights: where each model's file is, how it is checked, and what may be done with it.
+"""Published weights: where each model's file is, how it is checked, and what may be done with it.
 
 The input size and the thresholds of a model are those of its recipe, coco2017_{model}; its preprocessing is that of its
 family.
@@ -20,15 +20,15 @@ _NO_GRANT = "code Apache-2.0; no licence of the file is known: do not redistribu
 
 @dataclass(frozen=True)
 class Published:
-    """The published COCO weights of a model.
+    """The published weights of a model, or of its backbone.
 
     Attributes:
         model: name of the model in `raydet.models`.
         address: where the file is.
-        sha256: SHA-256 sum of the file, in hexadecimal; None: no sum is known.
+        sha256: SHA-256 sum of the file, in hexadecimal, or its first digits; None: no sum is known.
         size: size of the file in bytes; None: unknown.
         licence: licence of the file, as far as it is known.
-        ap: AP@0.50:0.95 on COCO val2017, in percent.
+        ap: AP@0.50:0.95 on COCO val2017, in percent; 0 for a backbone.
         measured_by: who measured the AP.
         image_size: side of the square input in pixels, at which the AP was measured.
     """
@@ -38,8 +38,8 @@ class Published:
     sha256: str | None
     size: int | None
     licence: str
-    ap: float
-    measured_by: str
+    ap: float = 0.0
+    measured_by: str = ""
     image_size: int = 640
 
     @property
@@ -123,8 +123,43 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+def _hgnetv2(model: str, number: int) -> Published:
+    return Published(model, f"{_DFINE}/PPHGNetV2_B{number}_stage1.pth", None, None, "Apache-2.0 (PaddlePaddle)")
+
+
+# Backbones trained on ImageNet, from which a training begins that has no COCO weights.
+BACKBONES: dict[str, Published] = {
+    row.model: row
+    for row in (
+        _hgnetv2("dfine_n", 0),
+        _hgnetv2("dfine_s", 0),
+        _hgnetv2("dfine_m", 2),
+        _hgnetv2("dfine_l", 4),
+        _hgnetv2("dfine_x", 5),
+        Published(
+            "ssd_lite_mobilenet_v2",
+            "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+            "b0353104",
+            None,
+            "BSD-3-Clause (torchvision)",
+        ),
+    )
+}
+
+
+def backbone(model: str) -> Published:
+    """Return the published ImageNet weights of a model's backbone.
+
+    Raises:
+        RaydetError: none are known for this name.
+    """
+    if model not in BACKBONES:
+        raise RaydetError(f"no backbone is published for {model}, but for {', '.join(BACKBONES)}")
+    return BACKBONES[model]
+
+
 def published(model: str) -> Published:
-    """Return the published weights of a model.
+    """Return the published COCO weights of a model.
 
     Raises:
         RaydetError: none are known for this name.

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 _WHERE_TO_GET = (
     "{weights!r} is neither a weights file nor a checkpoint folder. model.weights=coco, or the name of a model that "
-    "`raydet weights` lists, is its published COCO weights; else pass a path, or a URI such as s3://bucket/yolox_s.pth"
+    "`raydet weights` lists, is its published COCO weights, model.weights=imagenet those of its "
+    "backbone; else pass a path, or a URI such as s3://bucket/yolox_s.pth"
 )
 
 # Where trainers keep the tensors in their files, the moving average first.

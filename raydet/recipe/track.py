@@ -125,3 +125,9 @@ class Track(Section):
     tensorboard: bool = Field(
         False, description="write metrics and pictures for TensorBoard as well, in the folder tensorboard/ of the run"
     )
+    mlflow: bool = Field(
+        False,
+        description="send metrics, pictures and the recipe to an MLflow tracking server as well; its address and key "
+        "come from the environment: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_TOKEN",
+    )
+    mlflow_experiment: str = Field("raydet", description="experiment at MLflow")

@@ -25,7 +25,8 @@ class Model(Section):
     weights: str | None = Field(
         None,
         description="file or URI of weights to start from: a checkpoint of raydet, or a file with the names of "
-        "Megvii's YOLOX, of SuperGradients or of D-FINE; null: random weights",
+        "Megvii's YOLOX, of SuperGradients or of D-FINE; coco: the published weights of the model; imagenet: those of "
+        "its backbone; null: random weights",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raydet.data.pipeline import Loader, loader
+from raydet.data.transform_list import TransformList
 from raydet.errors import RaydetError, did_you_mean
 from raydet.yaml_text import write as write_yaml
 
@@ -32,8 +33,8 @@ def get(
 
     Args:
         name: name such as coco2017_train, coco2017_val or coco2017_train_ppyoloe.
-        dataset_params: data_dir, subdir, json_file, input_dim, max_num_samples, class_inclusion_list and
-            ignore_empty_annotations, with SuperGradients' meanings.
+        dataset_params: data_dir, subdir, json_file, input_dim, max_num_samples, class_inclusion_list,
+            ignore_empty_annotations and transforms, with SuperGradients' meanings.
         dataloader_params: batch_size; num_workers, persistent_workers, pin_memory and prefetch_factor are taken, and
             change nothing, as the batches are made in this process.
 
@@ -46,17 +47,19 @@ def get(
     """
     dataset, loading = dict(dataset_params or {}), dict(dataloader_params or {})
     for given, key, known in (
-        (dataset, "dataset_params", [*_DATASET]),
+        (dataset, "dataset_params", [*_DATASET, "transforms"]),
         (loading, "dataloader_params", ["batch_size", *_WITHOUT_MEANING]),
     ):
         for each in given:
             if each not in known:
                 raise RaydetError(
-                    f"{key}.{each} has no meaning here{did_you_mean(each, known)} (known: {', '.join(known)}); "
-                    "augmentation is the recipe's, see docs/from_supergradients.md"
+                    f"{key}.{each} has no meaning here{did_you_mean(each, known)} (known: {', '.join(known)}); see "
+                    "docs/from_supergradients.md"
                 )
     if "json_file" in dataset:  # SuperGradients looks for it in this folder
         dataset["json_file"] = f"annotations/{dataset['json_file']}"
+    transforms = TransformList.read(dataset.pop("transforms", None) or ())
     split = "val" if "_val" in name else "train"
     overrides = [f"{_DATASET[each].format(split)}={write_yaml(value)}" for each, value in dataset.items()]
-    return loader(name, overrides, batch_size=loading.get("batch_size"))
+    overrides += [f"augment.{key}={write_yaml(value)}" for key, value in transforms.augment.items()]
+    return loader(name, overrides, batch_size=loading.get("batch_size"), transforms=transforms.own)

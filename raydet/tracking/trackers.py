@@ -12,7 +12,7 @@ from raydet.runs.log import RunLog, Tracker
 
 @contextmanager
 def tracked(recipe: Recipe, folder: Path, log: RunLog, rank: int, others: Sequence[Tracker] = ()) -> Iterator[None]:
-    """Send what a training logs within to Weights & Biases and TensorBoard, as the recipe has it, and to `others`."""
+    """Send what a training logs within to the trackers of the recipe, and to `others`."""
     track, trackers = recipe.track, list(others)
     if rank == 0 and track.wandb:
         from raydet.tracking.weights_and_biases import WandbRun
@@ -22,6 +22,10 @@ def tracked(recipe: Recipe, folder: Path, log: RunLog, rank: int, others: Sequen
         from raydet.tracking.tensorboard import TensorBoardRun
 
         trackers.append(TensorBoardRun(folder, log.say))
+    if rank == 0 and track.mlflow:
+        from raydet.tracking.mlflow import MLflowRun
+
+        trackers.append(MLflowRun(recipe, folder, log.say))
     log.trackers = trackers
     failed = True
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from typer.testing import CliRunner
 
 import raydet
@@ -19,7 +20,7 @@ from raydet.cli import app
 from raydet.data.coco import load_coco
 from raydet.errors import RaydetError
 from raydet.models import download
-from raydet.models.published import PUBLISHED, published
+from raydet.models.published import BACKBONES, PUBLISHED, backbone, published
 from raydet.recipe import load as load_recipe
 from raydet.tuning.nms import TABLE, tune_nms
 
@@ -273,10 +274,45 @@ def test_the_table(name):
     assert ("non-commercial" in weights.licence) == name.startswith("yolo_nas")
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_table_of_backbones(name):
+    assert name in models.family_of(name).models
+    assert backbone(name).address.startswith("https://")
+    assert not backbone(name).ap
+
+
+def test_a_backbone_by_name_leaves_the_rest_as_it_was(folder, monkeypatch):
+    """torchvision's own MobileNetV2 gives the maps that ours does with its file; the table gets the file's sum."""
+    theirs = torchvision.models.mobilenet_v2().eval()
+    row = backbone("ssd_lite_mobilenet_v2")
+    folder.mkdir(parents=True)
+    torch.save(theirs.state_dict(), folder / row.file)
+    first = hashlib.sha256((folder / row.file).read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(BACKBONES, "ssd_lite_mobilenet_v2", replace(row, sha256=first))
+    torch.manual_seed(0)
+    ours = models.get("ssd_lite_mobilenet_v2", 3, weights="imagenet").eval()
+    torch.manual_seed(0)
+    fresh = models.get("ssd_lite_mobilenet_v2", 3)
+    images = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(ours.backbone(images)[-1], theirs.features(images))
+    rest = {name: tensor for name, tensor in fresh.state_dict().items() if not name.startswith("backbone.")}
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in rest.items())
+    assert ours.licence == "BSD-3-Clause (torchvision)"
+    monkeypatch.setitem(BACKBONES, "ssd_lite_mobilenet_v2", row)
+    with pytest.raises(RaydetError, match=f"its SHA-256 sum is {first}.*, and should begin with b0353104; it is not"):
+        models.get("ssd_lite_mobilenet_v2", 3, weights="imagenet")
+
+
+def test_no_backbone_is_published():
+    with pytest.raises(RaydetError, match="no backbone is published for yolox_s, but for dfine_n, "):
+        models.get("yolox_s", weights="imagenet")
+
+
 def test_the_list_says_what_is_here(folder, monkeypatch):
     lines = CliRunner().invoke(app, ["weights"]).output
-    assert all(f"{name} " in lines and weights.address in lines for name, weights in PUBLISHED.items())
-    assert lines.count("not on this machine") == len(PUBLISHED)
+    rows = [*PUBLISHED.values(), *BACKBONES.values()]
+    assert all(f"{row.model} " in lines and row.address in lines for row in rows)
+    assert lines.count("not on this machine") == len(rows)
     folder.mkdir(parents=True)
     (folder / "yolox_tiny.pth").touch()
     assert f"here: {folder}/yolox_tiny.pth" in CliRunner().invoke(app, ["weights"]).output

@@ -63,6 +63,22 @@ def test_data_loaders_and_a_loss(shared):
     assert targets[:, 2:].max() > 1
 
 
+def test_a_list_of_transforms_decides_the_augmentation_of_a_data_loader(shapes):
+    """What it does not name is off, as there; one's own come last."""
+    listed = [{"DetectionHorizontalFlip": {"prob": 1.0}}, {f"{__name__}:Darken": {"by": 4}}, "DetectionStandardize"]
+    params = {"data_dir": str(shapes), "input_dim": [64, 64], "transforms": listed}
+    imgs, targets = next(iter(dataloaders.get("demo_train", params, {"batch_size": 4})))
+    off = ("mosaic", "mixup", "degrees", "translate", "shear", "rotate90", "hsv", "zoom_out", "iou_crop", "photometric")
+    settings = [f"data.root={shapes}", "data.image_size=64", "augment.scale=[1, 1]", "augment.horizontal_flip=1"]
+    settings += [f"augment.{name}=0" for name in (*off, "vertical_flip", "channel_swap")]
+    straight, expected = next(iter(loader("demo_train", settings, batch_size=4)))
+    torch.testing.assert_close(targets, expected)
+    assert len(targets)
+    assert (imgs.int() - straight.int() // 4).abs().max() <= 1
+    with pytest.raises(RaydetError, match="transforms: DetectionFlip has no meaning here"):
+        dataloaders.get("demo_train", {**params, "transforms": ["DetectionFlip"]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
