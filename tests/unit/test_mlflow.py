@@ -36,7 +36,10 @@ def server(tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", address)
         try:
             while not answers(address):
-                assert process.poll() is None, (folder / "log").read_text()
+                if process.poll() is not None:
+                    printed = (folder / "log").read_text()
+                    assert "Failed to fetch" in printed, printed
+                    pytest.skip("PyPI, which has the server, cannot be reached")
                 time.sleep(0.5)
             yield address
         finally:
