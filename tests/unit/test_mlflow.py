@@ -80,7 +80,7 @@ def test_metrics_are_those_of_the_run_s_folder(run):
     expected = {}
     for line in lines:
         for key in line.keys() - {"step"}:
-            expected.setdefault(re.sub("@", "_", key), []).append((line["step"], pytest.approx(line[key])))
+            expected.setdefault(re.sub("[@=]", "_", key), []).append((line["step"], pytest.approx(line[key])))
     client = MlflowClient()
     for key, values in expected.items():
         history = client.get_metric_history(entry.info.run_id, key)
