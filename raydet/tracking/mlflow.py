@@ -74,7 +74,7 @@ class MLflowRun:
             if client.get_experiment_by_name(experiment) is None:
                 with contextlib.suppress(MlflowException):  # another trial of the sweep has made it
                     client.create_experiment(experiment)
-            found = client.get_experiment_by_name(experiment)
+            found: Any = client.get_experiment_by_name(experiment)
             self._id = client.create_run(found.experiment_id, run_name=self._recipe.name).info.run_id
             parameters = [Param(key, value) for key, value in _flat(self._recipe.model_dump(mode="json"))]
             for first in range(0, len(parameters), _PARAMETERS):

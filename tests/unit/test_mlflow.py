@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import socket
 import subprocess
@@ -32,7 +33,8 @@ def server(tmp_path_factory):
     command = [*uv, "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
     address = f"http://127.0.0.1:{port}"
     with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        alone = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # no workers for jobs: it starts sooner
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=alone)
         patch.setenv("MLFLOW_TRACKING_URI", address)
         try:
             while not answers(address):
