@@ -90,7 +90,8 @@ def get(
         num_classes: number of classes that the prediction layers tell apart.
         weights: path or URI of a checkpoint of raydet, or of a file with the names of Megvii's YOLOX or of
             SuperGradients. Prediction layers for another number of classes start afresh, and a warning says so.
-            "coco", or a model's name: the published COCO weights, downloaded once. None: random weights.
+            "coco", or a model's name: the published COCO weights, downloaded once. "imagenet": those of the backbone
+            alone. None: random weights.
         image_size: (height, width) in pixels, for a model that is built for one size (SSD); None: its usual size.
         pretrained_weights: SuperGradients' name for `weights="coco"`.
         num_queries: most boxes of an image, for D-FINE; None: 300.

@@ -7,6 +7,7 @@ MLFLOW_TRACKING_TOKEN and so on. What fails there is said once, and stops no tra
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -62,6 +63,8 @@ class MLflowRun:
             os.environ.setdefault(name, value)
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             raise RaydetError("MLFLOW_TRACKING_URI is not set; it is the server's address")
+        if importlib.util.find_spec("mlflow") is None:
+            raise RaydetError("its client is not installed: pip install 'raydet[mlflow]'")
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException

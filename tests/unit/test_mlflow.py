@@ -125,3 +125,14 @@ def test_a_server_that_cannot_be_reached_is_said_once_and_stops_nothing(address,
     (line,) = said
     assert line.startswith("warning: MLflow failed, the training goes on without: ")
     assert ("MLFLOW_TRACKING_URI" in line) == (not address)
+
+
+def test_a_client_that_is_not_installed_is_named_with_its_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = []
+    MLflowRun(load("demo"), tmp_path, said.append)
+    assert said == [
+        "warning: MLflow failed, the training goes on without: RaydetError: its client is not installed: "
+        "pip install 'raydet[mlflow]'"
+    ]
