@@ -69,7 +69,7 @@ def test_all_pictures_are_there_and_nothing_is_wider_than_the_window(run, browse
     shown, _ = browser(tmp_path / "probe.html", width)
     seen = json.loads(re.search("<title>(.*?)</title>", shown)[1])
     kinds = {json.loads(line)["name"] for line in (run / "images/pictures.jsonl").read_text().splitlines()}
-    assert len(seen["images"]) == len(kinds) + 1 == 6, "the curves too"
+    assert len(seen["images"]) == len(kinds) + 2 == 7, "the curves and the detections too"
     assert min(seen["images"]) > 100
     assert seen["wide"] <= seen["window"]
 
