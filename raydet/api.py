@@ -187,7 +187,7 @@ def _train(
         plot(folder)
         draw_validation(folder, job.val_index, copy.deepcopy(job.model))
         report(folder)
-    except RaydetError as error:  # the training is done
+    except Exception as error:  # whatever it is, the training is done
         say(f"warning: {error}")
     mirror.push()
     return Result(folder, best, ended.metrics, address)
