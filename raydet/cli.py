@@ -99,12 +99,15 @@ def train(
     index = load_index(data, "val", Problems(data.on_error, data.max_errors))
     run = result.address or str(result.folder)
     with opened(run) as folder:
-        pictures = folder / "images"
-        say(f"detections on validation images, beside the truth: {address_of(run, pictures / 'validation.jpg')}")
         for line in summary(folder):
             say(line)
-        say(f"curves: {address_of(run, pictures / 'metrics.png')}")
-        say(f"report: {address_of(run, folder / 'report.html')}")
+        for what, file in (
+            ("detections on validation images, beside the truth", "images/validation.jpg"),
+            ("curves", "images/metrics.png"),
+            ("report", "report.html"),
+        ):
+            if (result.folder / file).is_file():  # else a warning has said why it could not be drawn
+                say(f"{what}: {address_of(run, folder / file)}")
         say(f"run folder: {run}")
         say(f"best checkpoint: {address_of(run, result.checkpoint)}")
     images = "photos/" if is_uri(index.root) or (index.shards >= 0).any() else str(Path(index.path(0)).parent)

@@ -101,7 +101,9 @@ def get(
             `num_queries` of a model without queries.
     """
     if pretrained_weights not in (None, "coco"):
-        raise RaydetError(f"pretrained_weights: {pretrained_weights!r} is not 'coco', the only ones that are known")
+        raise RaydetError(
+            f"pretrained_weights: {pretrained_weights!r} is not 'coco'; weights='imagenet' are those of the backbone"
+        )
     if pretrained_weights is not None and weights is not None:
         raise RaydetError("weights and pretrained_weights are both given: choose one")
     family = family_of(name)

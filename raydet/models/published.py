@@ -28,7 +28,7 @@ class Published:
         sha256: SHA-256 sum of the file, in hexadecimal, or its first digits; None: no sum is known.
         size: size of the file in bytes; None: unknown.
         licence: licence of the file, as far as it is known.
-        ap: AP@0.50:0.95 on COCO val2017, in percent; 0 for a backbone.
+        ap: AP@0.50:0.95 on COCO val2017, in percent; None for a backbone.
         measured_by: who measured the AP.
         image_size: side of the square input in pixels, at which the AP was measured.
     """
@@ -38,7 +38,7 @@ class Published:
     sha256: str | None
     size: int | None
     licence: str
-    ap: float = 0.0
+    ap: float | None = None
     measured_by: str = ""
     image_size: int = 640
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METRICS, DETECTIONS = "metrics.json", "detections.json"
 PICTURES = ("precision_recall", "classes", "confusion", "errors", "calibration")
+# The picture of detections: number of images, lowest score, side of an image in pixels.
 _SHOWN, _SHOWN_SCORE, _CELL = 6, 0.3, 360
 _CLASSES_SHOWN = 30  # the best and the worst of more
 _BLUE, _GREY, _RED = "#0072B2", "#999999", "#D55E00"

@@ -12,17 +12,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raydet.errors import RaydetError
 from raydet.recipe import Recipe
+from raydet.recipe.tree import flat
 from raydet.visualization import Shown, sheet
 
 _ID = "mlflow_id"  # file in the run's folder
 _PARAMETERS, _METRICS = 100, 1000  # largest numbers that a server takes at once
-# A server that is away is given up after half a minute; by default MLflow's client waits for many.
+# A server that is away is given up within a minute; by default MLflow's client tries for four.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -79,7 +80,8 @@ class MLflowRun:
                     client.create_experiment(experiment)
             found: Any = client.get_experiment_by_name(experiment)
             self._id = client.create_run(found.experiment_id, run_name=self._recipe.name).info.run_id
-            parameters = [Param(key, value) for key, value in _flat(self._recipe.model_dump(mode="json"))]
+            settings = flat(self._recipe.model_dump(mode="json"))
+            parameters = [Param(key, v if isinstance(v, str) else json.dumps(v)) for key, v in settings.items()]
             for first in range(0, len(parameters), _PARAMETERS):
                 client.log_batch(self._id, params=parameters[first : first + _PARAMETERS])
             self._note.write_text(self._id)
@@ -99,12 +101,3 @@ class MLflowRun:
         except Exception as error:  # whatever it is, the training is worth more
             self._client = None
             self._say(f"warning: MLflow failed, the training goes on without: {type(error).__name__}: {error}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each setting as its key in the recipe, such as `train.lr`, and its value."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value)

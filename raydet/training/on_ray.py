@@ -224,8 +224,8 @@ def _count_staying_nodes() -> None:
     """Let Ray Train's controller, this process, count only nodes that live and stay among those for workers.
 
     Ray places no worker on a node that is about to be taken away. Ray Train counts such a node as long as it lives, and
-    up to 20 s longer, because it looks at the cluster's nodes that seldom; it would wait for the node, or restart the
-    workers for it.
+    up to 20 s longer, because it asks for the list of nodes only every 20 s. It would wait for a worker there, or
+    restart all workers to use the node.
     """
     import ray
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
