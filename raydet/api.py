@@ -37,7 +37,7 @@ from raydet.runs.log import RunLog
 from raydet.runs.mirror import Mirror, opened
 from raydet.runs.published import own_recipe
 from raydet.store import is_uri, write_aside
-from raydet.tracking.trackers import tracked
+from raydet.tracking import tracked
 from raydet.training.job import Job, Run
 from raydet.training.loop import evaluation_loop, train_loop
 from raydet.training.on_ray import on_ray

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count, islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -162,7 +162,9 @@ def eval_batches(
     tasks: DataTasks = DataTasks(),
     pin_memory: bool = False,
 ) -> Callable[[], Iterator[Batch]]:
-    """Return what yields this rank's share of all images, each exactly once over the ranks; it can be called again.
+    """Return what yields this rank's share of all images, each exactly once over the ranks.
+
+    It can be called again; every rank calls it at the same time.
 
     Each stream has a fixed part of the images. Which of its ranks gets an image is decided while they run: who is ready
     takes the next chunk.
@@ -176,15 +178,15 @@ def eval_batches(
     edges = [chunks * edge // ranks.size * samples.chunk_size for edge in (*(fed.start for fed in streams), ranks.size)]
     parts = [(low, min(high, len(samples.index))) for low, high in pairwise(edges)]
     shares = [Share(low, high, max(1, high - low), 1, 0, 1, samples.chunk_size) for low, high in parts]
-    dealer = _share_dealer(ranks, streams, _EvalDealer, source, shares, tasks)
+    deal = cache(partial(_share_dealer, ranks, streams, _EvalDealer, source, shares, tasks))  # a training starts first
     rounds = count(1)
 
-    def read(number: int) -> Iterator[Batch]:
+    def read(dealer: Any, number: int) -> Iterator[Batch]:
         for table in _tables(dealer.next.remote, repeat(number)):
             for first in range(0, len(table), batch_size):
                 yield to_batch([table.slice(first, batch_size)], samples.image_size, pin_memory)
 
-    return lambda: iter(_Prefetch(partial(read, next(rounds))))
+    return lambda: iter(_Prefetch(partial(read, deal(), next(rounds))))
 
 
 class _Dealer:

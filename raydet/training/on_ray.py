@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from raydet.errors import RaydetError, user_error
 from raydet.reports.terminal import LiveTable, follow
 from raydet.runs.folder import STOP, run_address
 from raydet.training.beside import Resources
+from raydet.training.controller import after_failures, trainer
 from raydet.training.job import Job, Run
 from raydet.training.worlds import Handed, worker
 
@@ -62,7 +65,6 @@ def on_ray(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_s)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     fewest, most = scale.workers
     started = connect(scale, verbose)
@@ -97,11 +99,11 @@ def on_ray(
             stack.enter_context(table)
         stack.enter_context(follow(job.folder, say, table))
         stack.enter_context(beside)
-        trainer = _trainer(
-            worker,
-            train_loop_config={"handed": handed},
+        group = trainer(
+            partial(worker, handed),
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=hang_s + 60),
+            backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
+            timeout_s=hang_s + 60,
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
@@ -112,10 +114,10 @@ def on_ray(
                 name=notes.name,
                 storage_path=str(job.folder),
                 failure_config=FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                callbacks=[_after_failures(), *callbacks],
+                callbacks=[after_failures(), *callbacks],
             ),
         )
-        return _fit(trainer, job.folder / STOP, say)
+        return _fit(group, job.folder / STOP, say)
 
 
 def _check_paths(job: Job, streams: Sequence[Samples | None]) -> None:
@@ -167,7 +169,7 @@ def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
         raise user_error(result) or result from None
     if isinstance(result, BaseException):
         raise result
-    return result.return_value
+    return pickle.loads(result.return_value)
 
 
 @contextlib.contextmanager
@@ -185,55 +187,3 @@ def interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, earlier)
-
-
-def _trainer(*arguments: Any, **settings: Any) -> Any:
-    """Return a TorchTrainer without the actor that Ray Train starts with each worker group for data sets of its own.
-
-    The samples come by raydet's stream; the actor would cost each start three seconds of a CPU.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
-
-    return Trainer(*arguments, **settings)
-
-
-def _after_failures() -> Any:
-    """Return a callback of Ray Train for workers that fail.
-
-    An error that no new worker would cure ends the run at once. Otherwise new workers are placed on nodes that stay.
-    """
-    from ray.train import UserCallback
-
-    class AfterFailures(UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in worker_exceptions.values():
-                if (mine := user_error(error)) is not None:
-                    raise mine
-            _count_staying_nodes()
-
-    return AfterFailures()
-
-
-def _count_staying_nodes() -> None:
-    """Let Ray Train's controller, this process, count only nodes that live and stay among those for workers.
-
-    Ray places no worker on a node that is about to be taken away. Ray Train counts such a node as long as it lives, and
-    up to 20 s longer, because it asks for the list of nodes only every 20 s. It would wait for a worker there, or
-    restart all workers to use the node.
-    """
-    import ray
-    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-
-    def count(policy: Any, reserved: dict[str, Any]) -> Any:
-        staying = {node["NodeID"] for node in alive_nodes()} - set(ray._private.state.state.get_draining_nodes())
-        return counted(policy, {node: resources for node, resources in reserved.items() if node in staying})
-
-    counted = ElasticScalingPolicy._count_possible_workers
-    if counted.__module__ != __name__:
-        ElasticScalingPolicy._count_possible_workers = count

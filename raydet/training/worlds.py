@@ -23,7 +23,7 @@ from raydet.outputs import shapes
 from raydet.runs.folder import run_address
 from raydet.runs.log import RunLog, warnings_said
 from raydet.runs.mirror import worker_folder
-from raydet.tracking.trackers import tracked
+from raydet.tracking import tracked
 from raydet.training.beside import RayValidation, Resources
 from raydet.training.job import Job, Run, ValidationBeside
 
@@ -193,12 +193,15 @@ class RayWorld:
         return [self._samples["train"].index.path(row) for row in rows]
 
 
-def worker(config: Mapping[str, Handed]) -> Any:
-    """Run a job in a worker of Ray Train; `config` has what the driver hands to it under "handed"."""
+def worker(handed: Handed) -> bytes:
+    """Run a job in a worker of Ray Train; return what the loop returns, pickled: the controller does not look into it.
+
+    It would import the modules of all that is in there.
+    """
     import ray
     import ray.train
+    from ray import cloudpickle
 
-    handed = config["handed"]
     job: Job = ray.get(handed.job)
     with contextlib.ExitStack() as stack:
         if job.criterion is None:  # an evaluation, which writes nothing that lasts
@@ -206,7 +209,7 @@ def worker(config: Mapping[str, Handed]) -> Any:
                 job = replace(job, folder=Path(stack.enter_context(TemporaryDirectory(prefix="raydet-"))))
             log = RunLog(job.folder)
             stack.enter_context(warnings_said(log.say))
-            return handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))
+            return bytes(cloudpickle.dumps(handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))))
         rank = ray.train.get_context().get_world_rank()
         if (address := run_address(job.recipe)) is not None:
             job = replace(job, folder=stack.enter_context(worker_folder(address, rank)))
@@ -219,7 +222,7 @@ def worker(config: Mapping[str, Handed]) -> Any:
 
         figures = [RayMetrics(job.recipe.name, job.batch_size(world.size))] if rank == 0 else []
         stack.enter_context(tracked(job.recipe, job.folder, log, rank, figures))
-        return handed.loop(Run(job, world, log))
+        return bytes(cloudpickle.dumps(handed.loop(Run(job, world, log))))
 
 
 EXIT_CODE = 70  # exit code of a process that the watchdog has ended

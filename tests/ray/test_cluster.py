@@ -7,7 +7,7 @@ import sys
 import ray
 
 from raydet.cluster import _why_unreachable
-from raydet.training import on_ray
+from raydet.training.controller import count_staying_nodes
 
 
 def test_a_cluster_that_runs_is_not_refused():
@@ -39,5 +39,5 @@ def test_workers_are_counted_on_nodes_that_live(monkeypatch):
     reserved = {node["NodeID"]: {"CPU": 6.0}, "f" * 56: {"CPU": 6.0}}
     assert policy._count_possible_workers(reserved) == 2
     monkeypatch.setattr(ElasticScalingPolicy, "_count_possible_workers", ElasticScalingPolicy._count_possible_workers)
-    on_ray._count_staying_nodes()
+    count_staying_nodes()
     assert policy._count_possible_workers(reserved) == 1

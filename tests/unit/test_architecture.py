@@ -34,7 +34,7 @@ LAYER = {name: number for number, line in enumerate(LAYERS.split("\n")) for name
 
 # Who may import Ray: all others can be read, tested and debugged without it.
 RAY = ("data.limits", "data.stream", "data.shards", "cluster", "training.worlds", "training.on_ray", "training.beside")
-RAY += ("predict.on_ray", "tracking.ray_metrics", "tuning")
+RAY += ("training.controller", "predict.on_ray", "tracking.ray_metrics", "tuning")
 RAY_AT_THE_TOP = ("tuning",)
 
 # What can be lifted out of raydet: it computes, and reads and writes nothing.
