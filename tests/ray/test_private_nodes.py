@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from benchmarks.private_nodes import PRIVATE, PrivateNodes, why_not
 from raydet.recipe import load
-from tests.ray.private_nodes import PRIVATE, PrivateNodes, why_not
 
 pytestmark = pytest.mark.timeout(600)
 LONG_S = 400

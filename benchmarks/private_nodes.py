@@ -2,8 +2,10 @@
 
 Each node has a mount namespace, with a file system of its own at /priv that holds its temporary files, home and caches,
 and a process namespace, so that killing its first process kills the node. All are in one network namespace that has the
-loopback interface only. It takes the rights of root.
+loopback interface only. It takes the rights of root, and what `pip install -e '.[dev]'` installs.
 """
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -12,6 +14,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 PRIVATE = "/priv"  # on each node something else
 ROOT = Path(__file__).parents[2]
@@ -47,12 +50,13 @@ class PrivateNodes:
 
     Attributes:
         bucket: folder that holds the files of the bucket.
+        server: process of the S3 server.
         nodes: the nodes that run, by name; A is the head.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.bucket = folder, folder / "bucket"
-        self.nodes: dict[str, subprocess.Popen] = {}
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
         self.env = {
             **os.environ,
@@ -75,7 +79,7 @@ class PrivateNodes:
             "PYTHONUNBUFFERED": "1",  # the nodes' logs are read while they run
         }
 
-    def __enter__(self):
+    def __enter__(self) -> PrivateNodes:
         self._network = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
         self._stack.callback(self._end, self._network)
         deadline = time.monotonic() + 10
@@ -84,7 +88,7 @@ class PrivateNodes:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         subprocess.run([*self._inside(), "ip", "link", "set", "lo", "up"], check=True)
-        server = subprocess.Popen(
+        self.server = subprocess.Popen(
             [*self._inside(), sys.executable, "-c", _SERVER, str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -93,11 +97,12 @@ class PrivateNodes:
             env=self.env | {"TMPDIR": "/tmp"},
             cwd=ROOT,
         )
-        self._stack.callback(self._end, server)
-        self.endpoint = server.stdout.readline().strip()
+        self._stack.callback(self._end, self.server)
+        assert self.server.stdout is not None
+        self.endpoint = self.server.stdout.readline().strip()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.kill(*self.nodes)
         self._stack.close()
 
@@ -144,32 +149,31 @@ class PrivateNodes:
         for name in names:
             del self.nodes[name]
 
-    def popen(self, *command: str, node: str = "A", **options) -> subprocess.Popen:
-        """Start a command on a node; what it prints goes to one pipe."""
-        (first,) = _children(self.nodes[node].pid)
+    def popen(self, *command: str, node: str = "A", out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+        """Start a command on a node; what it prints goes to a file, or to one pipe."""
+        (first,) = children(self.nodes[node].pid)
         return subprocess.Popen(
             ["nsenter", "-t", str(first), "-n", "-m", "-p", *command],
-            stdout=subprocess.PIPE,
+            stdout=out,
             stderr=subprocess.STDOUT,
             text=True,
             env=self.env,
             cwd=ROOT,
-            **options,
         )
 
-    def raydet(self, *arguments: str, node: str = "A") -> subprocess.Popen:
+    def raydet(self, *arguments: str, node: str = "A", out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start a command of raydet's on a node."""
-        return self.popen(sys.executable, "-m", "raydet.cli", *arguments, node=node)
+        return self.popen(sys.executable, "-m", "raydet.cli", *arguments, node=node, out=out)
 
-    def done(self, process: subprocess.Popen, timeout_s: float) -> str:
+    def done(self, process: subprocess.Popen[str], timeout_s: float) -> str:
         """Wait for a command, and return what it has printed; it must have succeeded."""
         said, _ = process.communicate(timeout=timeout_s)
         assert process.returncode == 0, said
         return said
 
-    def kill_driver(self, process: subprocess.Popen) -> None:
+    def kill_driver(self, process: subprocess.Popen[str]) -> None:
         """Kill a command that `popen` has started, as kill -9 does."""
-        for child in _children(process.pid):
+        for child in children(process.pid):
             os.kill(child, 9)
         process.wait()
 
@@ -177,10 +181,11 @@ class PrivateNodes:
         return ["nsenter", "-t", str(self._network.pid), "-n"]
 
     @staticmethod
-    def _end(process: subprocess.Popen) -> None:
+    def _end(process: subprocess.Popen[Any]) -> None:
         process.kill()
         process.wait()
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
