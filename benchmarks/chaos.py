@@ -41,7 +41,7 @@ from safetensors.torch import load_file
 from benchmarks.private_nodes import PRIVATE, PrivateNodes, children, why_not
 from raydet.data.synthetic import make_dataset
 
-STEPS_A_MINUTE = 20  # of the training that is disturbed: the next fault comes 4 to 12 steps after the last
+STEPS_A_MINUTE = 40  # of the training that is disturbed: the next fault comes 2 to 8 steps after the last
 BATCH, IMAGES = 8, 40
 AWAY_S = 10.0
 PATIENCE_S = 300.0
@@ -204,7 +204,7 @@ def disturb(nodes: PrivateNodes, training: Training, draw: random.Random, step_s
     found: list[Fault] = []
     waiting: list[Callable[[PrivateNodes, Training, random.Random], None]] = []
     step = 0
-    while training.wait_for(step + draw.randint(4, 12)):
+    while training.wait_for(step + draw.randint(2, 8)):
         if not waiting:  # each as often as any other, in an order that is drawn
             waiting = draw.sample(FAULTS, len(FAULTS))
         fault = waiting.pop()

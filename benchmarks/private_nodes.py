@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PRIVATE = "/priv"  # on each node something else
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PORT = 6379
 _CPUS = 3
