@@ -15,13 +15,14 @@ from raydet.cluster import alive_nodes
 from raydet.errors import user_error
 
 
-def trainer(run: Callable[[], Any], backend: str, timeout_s: int, **settings: Any) -> Any:
+def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool, **settings: Any) -> Any:
     """Return a trainer of Ray Train whose workers are the ranks of a process group of torch.
 
     Args:
         run: what each worker calls.
         backend: backend of the process group.
         timeout_s: seconds that a collective operation may take.
+        alone: the cluster was started for this run, and ends with it.
         **settings: `scaling_config` and `run_config` of the trainer.
     """
     import ray
@@ -31,15 +32,15 @@ def trainer(run: Callable[[], Any], backend: str, timeout_s: int, **settings: An
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     # Each of these callbacks starts an actor: one shards data sets of Ray Train's own, where raydet has its stream; one
-    # tidies up in a cluster that outlives the controller.
-    unwanted = (DatasetsCallback, PlacementGroupCleanerCallback) if _is_ours() else (DatasetsCallback,)
+    # tidies up after a controller that was killed.
+    unwanted = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
-            if not _is_ours():
+            if not _has_our_environment():
                 return super()._initialize_and_run_controller(**given)
             controller = ray.remote(num_cpus=0)(_controller()).remote(get_env_vars_to_propagate(), **given)
             ray.get(controller.run.remote())
@@ -48,12 +49,12 @@ def trainer(run: Callable[[], Any], backend: str, timeout_s: int, **settings: An
     return Trainer(run, backend_config=_process_group(backend, timeout_s), **settings)
 
 
-def _is_ours() -> bool:
-    """Did this process start the cluster? Then all of the cluster's processes have its environment, and end with it."""
+def _has_our_environment() -> bool:
+    """Is the cluster one node that this process started? Its processes have this process's environment variables."""
     import ray
 
     node = ray._private.worker._global_node
-    return node is not None and node.head
+    return node is not None and node.head and len(alive_nodes()) == 1
 
 
 def _controller() -> type:

@@ -104,6 +104,7 @@ def on_ray(
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
             backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
             timeout_s=hang_s + 60,
+            alone=started,
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,

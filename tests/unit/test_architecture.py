@@ -206,8 +206,8 @@ def test_descriptions_of_settings_name_their_noun(key, description):
 BUDGETS = {"raydet.training.loop": 70, "raydet.api": 99, "raydet.predict.predictor": 54}
 
 
-@pytest.mark.parametrize("module", BUDGETS)
-def test_what_a_part_imports_stays_within_its_budget(module):
+def imported_with(module):
+    """All of our modules that the import of one imports."""
     seen, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
@@ -215,4 +215,22 @@ def test_what_a_part_imports_stays_within_its_budget(module):
             seen.add(name)
             waiting += [other for other, lazily in IMPORTS[name] if not lazily]
             waiting += [name.rpartition(".")[0]]
+    return seen
+
+
+@pytest.mark.parametrize("module", BUDGETS)
+def test_what_a_part_imports_stays_within_its_budget(module):
+    seen = imported_with(module)
     assert len(seen) <= BUDGETS[module], sorted(seen)
+
+
+@pytest.mark.parametrize("module", ["raydet.training.controller", "raydet.data.stream"])
+def test_controller_and_data_tasks_import_no_torch(module):
+    """It would cost each of their processes seconds and 300 MB."""
+    needing = {
+        name
+        for name in imported_with(module)
+        for other, lazily in IMPORTS[name]
+        if other.split(".")[0] == "torch" and not lazily
+    }
+    assert not needing
