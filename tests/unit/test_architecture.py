@@ -27,7 +27,7 @@ LAYERS = """
     api
     tuning
     supergradients
-    cli cli_data cli_weights
+    cli
     raydet
 """
 LAYER = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raydet.cli.options import Overrides, Verbose, say
 from raydet.errors import RaydetError
 
 if TYPE_CHECKING:
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
     from raydet.reports.inspect import Inspection
 
 TOP_FINDINGS = 10  # that `inspect` prints
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as train.epochs=50 data.root=/data/coco"),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", help="show what Ray and its workers print")]
-
-
-def say(text: str) -> None:
-    """Print a line at once: `ray job logs -f` shows it."""
-    typer.echo(text)
-    sys.stdout.flush()
 
 
 def inspect(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raydet.cli_data import say
+from raydet.cli.options import say
 
 app = typer.Typer(invoke_without_command=True)
 

@@ -1,8 +1,7 @@
-"""The command `raydet`."""
+"""The commands for training, and for what a run leaves: train, evaluate, tune, tune-nms, plot, report."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -11,54 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydet import __version__, cli_data, cli_weights
-from raydet.cli_data import Overrides, Verbose, say
-from raydet.data.header import MAX_PIXELS
+from raydet.cli.options import Debug, Device, Overrides, RecipeOption, TrustCode, Verbose, say
 from raydet.errors import RaydetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 TOP_TRIALS = 20  # that `tune` prints
-INTERRUPTED = 130  # exit code
-
-app = typer.Typer(
-    help="Train and run object detectors on Ray. Start with: raydet recipes",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="recipe that names the data and, for a weights file, the model")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="run in this process, without Ray, so that breakpoints work")]
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code", help="run code that the checkpoint or its run names: a model or data set that is not raydet's"
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="device, such as cuda:1 or cpu", show_default="the first GPU, or else the CPU"),
-]
-Score = Annotated[
-    float | None,
-    typer.Option(
-        "--score", help="lowest score of a detection", show_default="0.25, or the checkpoint's if higher", min=0, max=1
-    ),
-]
-MaxPixels = Annotated[
-    int, typer.Option("--max-pixels", help="largest image to decode, in pixels; the default is Pillow's limit", min=1)
-]
-IoU = Annotated[
-    float | None,
-    typer.Option("--iou", help="IoU threshold of NMS", show_default="the checkpoint's", max=1),
-]
 
 
-@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="name that `raydet recipes` lists, or path of a YAML file")],
     overrides: Overrides = None,
@@ -116,7 +76,6 @@ def train(
     say(f"      {_program()} evaluate {quote(run)}{trusted[1]}")
 
 
-@app.command()
 def evaluate(
     checkpoint: Annotated[
         str, typer.Argument(help="checkpoint folder, run folder (its best checkpoint), weights file, or results.json")
@@ -159,7 +118,6 @@ def evaluate(
     say(f"metrics.json, detections.json and pictures: {out}")
 
 
-@app.command()
 def tune(
     recipe: Annotated[str, typer.Argument(help="recipe with a section tune: name, or path of a YAML file")],
     overrides: Overrides = None,
@@ -196,7 +154,6 @@ def tune(
     say(f"next: {_program()} train {quote(str(sweep.recipe))}")
 
 
-@app.command("tune-nms")
 def tune_nms(
     checkpoint: Annotated[
         str, typer.Argument(help="checkpoint folder, run folder (its best checkpoint), or weights file")
@@ -257,7 +214,6 @@ def tune_nms(
     say(f"all settings: {folder.path(TABLE)}; picture: {folder.path(PICTURE)}")
 
 
-@app.command()
 def plot(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
     out: Annotated[
@@ -277,7 +233,6 @@ def plot(
         say(f"picture: {_put(run, draw(folder, _here(out)), out)}")
 
 
-@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="run folder; the training may still be running")],
     out: Annotated[str | None, typer.Option("--out", help="path of the page", show_default="RUN/report.html")] = None,
@@ -291,161 +246,6 @@ def report(
 
     with opened(run, weights=False) as folder:
         say(f"report: {_put(run, write(folder, _here(out)), out)}")
-
-
-@app.command()
-def predict(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
-    source: Annotated[
-        str, typer.Argument(help="image, folder of images, pattern, video, http(s) address, or number of a camera")
-    ],
-    out: Annotated[
-        str, typer.Option("--out", "--save", help="folder for the pictures or the video, and detections.json")
-    ] = "predictions",
-    score: Score = None,
-    iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    trust_code: TrustCode = False,
-    device: Device = None,
-) -> None:
-    """Detect objects in images or a video, and write pictures or a video with boxes, and a COCO results JSON.
-
-    If all file names are numbers, and no two the same, these are the image_ids, as in COCO. Otherwise images, or frames
-    of a video, are numbered in order from 1; file_name says which is which. Images that cannot be read are left out and
-    listed. Exit code 1 means that no image could be read.
-
-    Example: raydet predict runs/demo photos/ --score 0.4
-    """
-    from raydet.predict.predictor import load, shown_score
-    from raydet.predict.save import open_target, save
-    from raydet.store import is_uri
-
-    if is_uri(out):
-        raise RaydetError(f"--out {out}: predict writes to a folder of this machine; batch-predict to an object store")
-    target = open_target(source, Path(out), max_pixels)
-    predictor = load(checkpoint, device, trust_code=trust_code)
-    score = shown_score(predictor.config.thresholds) if score is None else score
-    found = save(predictor.stream(target.source, score, iou, batch_size), target)
-    for name, reason in found.failed.items():
-        say(f"not done: {name}: {reason}")
-    say(found.summary)
-    if not found.images:
-        raise typer.Exit(1)
-
-
-@app.command("batch-predict")
-def batch_predict(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
-    source: Annotated[str, typer.Argument(help="folder of images: s3://…, gs://… or a path that all nodes share")],
-    out: Annotated[
-        str,
-        typer.Argument(metavar="OUT", help="folder for the detections: s3://…, gs://… or a path that all nodes share"),
-    ],
-    form: Annotated[
-        str, typer.Option("--format", help="parquet, or coco: parquet and a COCO results JSON", metavar="FORMAT")
-    ] = "parquet",
-    score: Score = None,
-    iou: IoU = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="number of images in a batch", min=1)] = 16,
-    shard_images: Annotated[
-        int,
-        typer.Option(
-            "--shard-images", help="number of images in a file of detections, which is lost when killed", min=1
-        ),
-    ] = 128,
-    actors: Annotated[
-        int | None,
-        typer.Option(
-            "--actors", help="number of models at once", show_default="one for each GPU, or else each CPU", min=1
-        ),
-    ] = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    trust_code: TrustCode = False,
-    verbose: Verbose = False,
-) -> None:
-    """Detect objects in any number of images on Ray, from and to a disk or an object store.
-
-    OUT gets Parquet files with a row for each image: boxes, scores, classes, or why the image could not be read. The
-    same command again resumes where it was interrupted.
-
-    Example: raydet batch-predict runs/demo s3://bucket/photos s3://bucket/found --format coco
-    """
-    from raydet.predict.on_ray import batch_predict as run
-
-    summary = run(
-        checkpoint,
-        source,
-        out,
-        trust_code=trust_code,
-        form=form,
-        conf=score,
-        iou=iou,
-        batch_size=batch_size,
-        shard_images=shard_images,
-        actors=actors,
-        max_pixels=max_pixels,
-        verbose=verbose,
-        say=say,
-    )
-    say(str(summary))
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, or run folder (its best checkpoint)")],
-    form: Annotated[
-        str, typer.Option("--format", help="format of the file; onnx is the only one so far", metavar="FORMAT")
-    ] = "onnx",
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            help="form of the output: batch (count, boxes, scores and labels of each image) or flat ([N, 7])",
-        ),
-    ] = "batch",
-    out: Annotated[
-        str | None,
-        typer.Option("--out", help="path of the file", show_default="model.onnx in the checkpoint's folder"),
-    ] = None,
-    score: Annotated[
-        float | None,
-        typer.Option("--score", help="lowest score of a detection", show_default="the checkpoint's", min=0, max=1),
-    ] = None,
-    iou: IoU = None,
-    trust_code: TrustCode = False,
-) -> None:
-    """Write a checkpoint as an ONNX file that runs without raydet: uint8 images in, detections out, NMS inside.
-
-    It is written only if onnxruntime finds the same detections in validation images as PyTorch.
-
-    Example: raydet export runs/demo --score 0.25 && raydet predict runs/demo/checkpoint_000012/model.onnx photos/
-    """
-    from raydet.predict.export import export as run
-
-    if form != "onnx":
-        raise RaydetError(f"--format {form}: it is onnx")
-    written = run(checkpoint, out, trust_code=trust_code, form=output, conf=score, iou=iou, say=say)
-    say(str(written))
-
-
-for command in (cli_data.inspect, cli_data.ingest, cli_data.recipes):
-    app.command()(command)
-app.add_typer(cli_weights.app, name="weights")
-
-
-def main() -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except RaydetError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # what typer makes of KeyboardInterrupt
-            typer.echo("interrupted; what was interrupted goes on when the same command is run again", err=True)
-        raise
 
 
 def _check_device(device: str | None, debug: bool) -> None:
@@ -492,16 +292,3 @@ def _table(metrics: Mapping[str, float]) -> None:
         for name in classes:
             table.add_row(name, f"{metrics[name]:.4f}")
     Console().print(table)
-
-
-@app.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
-) -> None:
-    if version:
-        typer.echo(f"raydet {__version__}")
-        raise typer.Exit
-
-
-if __name__ == "__main__":
-    main()
