@@ -41,7 +41,7 @@ from safetensors.torch import load_file
 from benchmarks.private_nodes import PRIVATE, PrivateNodes, children, why_not
 from raydet.data.synthetic import make_dataset
 
-STEPS_A_MINUTE = 40  # of the training that is disturbed: the next fault comes 2 to 8 steps after the last
+STEPS_A_MINUTE = 18  # of the training that is disturbed: the next fault comes 2 to 6 steps after the last
 BATCH, IMAGES = 8, 40
 AWAY_S = 10.0
 PATIENCE_S = 300.0
@@ -204,7 +204,7 @@ def disturb(nodes: PrivateNodes, training: Training, draw: random.Random, step_s
     found: list[Fault] = []
     waiting: list[Callable[[PrivateNodes, Training, random.Random], None]] = []
     step = 0
-    while training.wait_for(step + draw.randint(2, 8)):
+    while training.wait_for(step + draw.randint(2, 6)):
         if not waiting:  # each as often as any other, in an order that is drawn
             waiting = draw.sample(FAULTS, len(FAULTS))
         fault = waiting.pop()
@@ -267,13 +267,13 @@ def main() -> None:
         data = make_dataset(Path(folder, "data"), train=IMAGES, val=8, seed=7)
         settings = [
             f"data.root={data}",
-            "data.image_size=96",
+            "data.image_size=192",
             "data.chunk_size=16",
             f"train.batch_size={BATCH}",
             f"train.epochs={epochs}",
             "eval.every=1000",
             "track.log_every=1",
-            "track.checkpoint_steps=3",
+            "track.checkpoint_steps=5",
             "track.average_best=false",
             f"scale.num_workers={'[1, 2]' if options.elastic else '2'}",
             "scale.cpus_per_worker=1",

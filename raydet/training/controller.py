@@ -42,7 +42,9 @@ def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if not _has_our_environment():
                 return super()._initialize_and_run_controller(**given)
-            controller = ray.remote(num_cpus=0)(_controller()).remote(get_env_vars_to_propagate(), **given)
+            here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # it goes where this goes
+            start = ray.remote(num_cpus=0, label_selector=here)(_controller()).remote
+            controller = start(get_env_vars_to_propagate(), **given)
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
 
@@ -50,10 +52,17 @@ def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool
 
 
 def _has_our_environment() -> bool:
-    """Is the cluster one node that this process started? Its processes have this process's environment variables."""
+    """Have the cluster's processes this one's environment variables?
+
+    Those have that a worker of Ray starts, such as a trial of a sweep; and all of a cluster of one node that this
+    process has started.
+    """
     import ray
 
-    node = ray._private.worker._global_node
+    worker = ray._private.worker
+    if worker.global_worker.mode == worker.WORKER_MODE:
+        return True
+    node = worker._global_node
     return node is not None and node.head and len(alive_nodes()) == 1
 
 
