@@ -14,6 +14,8 @@ from typing import Any
 from raydet.cluster import alive_nodes
 from raydet.errors import user_error
 
+_LEAVE_S = 30.0  # for a worker to leave its process group
+
 
 def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool, **settings: Any) -> Any:
     """Return a trainer of Ray Train whose workers are the ranks of a process group of torch.
@@ -52,10 +54,10 @@ def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool
 
 
 def _has_our_environment() -> bool:
-    """Have the cluster's processes this one's environment variables?
+    """Do processes that start now get the environment variables of this one, without a runtime environment?
 
-    Those have that a worker of Ray starts, such as a trial of a sweep; and all of a cluster of one node that this
-    process has started.
+    They do if this is a worker of Ray, such as a trial of a sweep, or if this process has started the cluster and it
+    has no other node.
     """
     import ray
 
@@ -112,9 +114,6 @@ def _process_group(backend: str, timeout_s: int) -> Any:
             return TorchConfigContextManager
 
     return Config()
-
-
-_LEAVE_S = 30.0
 
 
 def _join(rank: int, address: str, port: int, backend: str, size: int, timeout_s: int) -> None:
