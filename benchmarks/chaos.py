@@ -5,7 +5,7 @@ benchmarks/private_nodes.py for what that takes. First the training runs undistu
 follows the other as soon as the training has made some steps more:
 
     worker killed        a process that trains is killed
-    data task killed     a process that makes samples is killed
+    data task killed     a process that makes samples is killed, or the one that deals them where all are made
     node killed          all processes of a node are killed, and a node with an empty disk takes its place
     driver killed        the command is killed, and given again
     bucket away          the bucket answers nobody for ten seconds
@@ -45,7 +45,8 @@ STEPS_A_MINUTE = 18  # of the training that is disturbed: the next fault comes 2
 BATCH, IMAGES = 8, 40
 AWAY_S = 10.0
 PATIENCE_S = 300.0
-LATE_S = 3.0  # until the bucket has what a run has logged
+FIND_S = 5.0  # to find a process that can be killed
+LATE_S = 1.0  # what a process that is killed has just done is logged by then
 LEFT = """
 import json, ray
 from ray.util import placement_group_table
@@ -94,9 +95,17 @@ class Training:
         return [line for line in found if "train/loss" in line]
 
     def log(self) -> str:
-        """Return log.txt, as far as it is in the bucket."""
-        path = self.folder / "log.txt"
-        return path.read_text() if path.exists() else ""
+        """Return log.txt: of the worker that writes it, from its node's disk, or else the bucket's, seconds later."""
+        for path in sorted((self.folder / "log.txt", *self._copies()), key=_changed, reverse=True):
+            with suppress(OSError):  # a copy has just been removed, or the node is gone
+                return path.read_text()
+        return ""
+
+    def _copies(self) -> Iterator[Path]:
+        for node in self._nodes.nodes.values():
+            with suppress(OSError):
+                for first in children(node.pid):
+                    yield from Path(f"/proc/{first}/root{PRIVATE}/tmp").glob("raydet-run-*/log.txt")
 
     def step(self) -> int:
         """Return the number of steps that are done: a restart lowers it."""
@@ -114,14 +123,20 @@ class Training:
         return False
 
 
+def _changed(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def worker_killed(nodes: PrivateNodes, training: Training, draw: random.Random) -> None:
     """A process that trains is killed."""
-    os.kill(draw.choice(processes(nodes, "ray::RayTrainWorker")), signal.SIGKILL)
+    kill_one(processes(nodes, "ray::RayTrainWorker", FIND_S), draw)
 
 
 def data_task_killed(nodes: PrivateNodes, training: Training, draw: random.Random) -> None:
-    """A process that makes samples is killed."""
-    os.kill(draw.choice(processes(nodes, "ray::MapBatches")), signal.SIGKILL)
+    """A process that makes samples is killed, or, where all are made, the one that deals them."""
+    kill_one(processes(nodes, "ray::MapBatches", FIND_S) or processes(nodes, "ray::_TrainDealer", FIND_S), draw)
 
 
 def node_killed(nodes: PrivateNodes, training: Training, draw: random.Random) -> None:
@@ -146,10 +161,10 @@ def bucket_away(nodes: PrivateNodes, training: Training, draw: random.Random) ->
 
 def checkpoint_damaged(nodes: PrivateNodes, training: Training, draw: random.Random) -> None:
     """A file of the newest checkpoint loses its second half, and the driver is killed."""
-    newest = sorted(path.parent for path in training.folder.glob("checkpoint_*/config.json"))[-1]
-    file = draw.choice(sorted(path for path in newest.iterdir() if path.name != "config.json"))
     training.kill()
-    os.truncate(file, file.stat().st_size // 2)
+    for config in sorted(training.folder.glob("checkpoint_*/config.json"))[-1:]:
+        file = draw.choice(sorted(path for path in config.parent.iterdir() if path != config))
+        os.truncate(file, file.stat().st_size // 2)
     training.start()
 
 
@@ -163,8 +178,15 @@ FAULTS: tuple[Callable[[PrivateNodes, Training, random.Random], None], ...] = (
 )
 
 
-def processes(nodes: PrivateNodes, title: str, patience_s: float = PATIENCE_S) -> list[int]:
-    """Return the processes of the nodes that have a title, as soon as there are any."""
+def kill_one(found: list[int], draw: random.Random) -> None:
+    """Kill one of some processes; at the end of a training there may be none."""
+    if found:
+        with suppress(ProcessLookupError):
+            os.kill(draw.choice(found), signal.SIGKILL)
+
+
+def processes(nodes: PrivateNodes, title: str, patience_s: float) -> list[int]:
+    """Return the processes of the nodes whose title begins so, as soon as there are any, or in vain."""
     deadline = time.monotonic() + patience_s
     while True:
         found = []
@@ -241,7 +263,7 @@ def same(ours: object, theirs: object) -> bool:
 def left_over(nodes: PrivateNodes) -> str:
     """Say what the runs have left on the nodes."""
     titles = ("ray::RayTrainWorker", "ray::TrainController", "ray::_TrainDealer", "ray::_EvalDealer")
-    alive = [pid for title in titles for pid in processes(nodes, title, patience_s=0)]
+    alive = [pid for title in titles for pid in processes(nodes, title, 0)]
     groups = nodes.done(nodes.popen(sys.executable, "-c", LEFT), PATIENCE_S).splitlines()[-1]
     files = [
         name
