@@ -118,7 +118,7 @@ def on_ray(
                 callbacks=[after_failures(), *callbacks],
             ),
         )
-        return _fit(group, job.folder / STOP, say)
+        return pickle.loads(_fit(group, job.folder / STOP, say))
 
 
 def _check_paths(job: Job, streams: Sequence[Samples | None]) -> None:
@@ -170,7 +170,7 @@ def _fit(trainer: Any, stop: Path, say: Callable[[str], Any]) -> Any:
         raise user_error(result) or result from None
     if isinstance(result, BaseException):
         raise result
-    return pickle.loads(result.return_value)
+    return result.return_value
 
 
 @contextlib.contextmanager
