@@ -1,8 +1,8 @@
 """A training on three nodes that share no files, with its run in a bucket, and faults drawn at random.
 
 The nodes are processes of this machine with file systems of their own, the bucket is a local S3 server: see
-benchmarks/private_nodes.py for what that takes. First the training runs undisturbed. Then it runs again, and a fault
-follows the other as soon as the training has made some steps more:
+benchmarks/private_nodes.py for what that takes. First the training runs undisturbed. Then it runs again with faults.
+After each fault the training must make some steps before the next fault happens:
 
     worker killed        a process that trains is killed
     data task killed     a process that makes samples is killed, or the one that deals them where all are made
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -87,6 +87,11 @@ class Training:
             said = self._said.read_text()[-5000:]
             raise SystemExit(f"the training ended with exit code {self.process.returncode}:\n{said}")
         return self.process.poll() is None
+
+    def wait(self) -> None:
+        """Wait for the end of the training. SystemExit: it has failed."""
+        while self.running():
+            time.sleep(0.2)
 
     def lines(self) -> list[dict[str, float]]:
         """Return what the run has logged of its steps, as far as that is in the bucket."""
@@ -168,7 +173,8 @@ def checkpoint_damaged(nodes: PrivateNodes, training: Training, draw: random.Ran
     training.start()
 
 
-FAULTS: tuple[Callable[[PrivateNodes, Training, random.Random], None], ...] = (
+FaultFunction: TypeAlias = Callable[[PrivateNodes, Training, random.Random], None]
+FAULTS: tuple[FaultFunction, ...] = (
     worker_killed,
     data_task_killed,
     node_killed,
@@ -224,7 +230,7 @@ class Fault(NamedTuple):
 def disturb(nodes: PrivateNodes, training: Training, draw: random.Random, step_s: float) -> list[Fault]:
     """Let faults happen until the training has ended; undisturbed, a step takes it `step_s` seconds."""
     found: list[Fault] = []
-    waiting: list[Callable[[PrivateNodes, Training, random.Random], None]] = []
+    waiting: list[FaultFunction] = []
     step = 0
     while training.wait_for(step + draw.randint(2, 6)):
         if not waiting:  # each as often as any other, in an order that is drawn
@@ -307,14 +313,13 @@ def main() -> None:
             straight = Training(nodes, "straight", settings)
             straight.wait_for(1)
             began, first = time.monotonic(), straight.step()
-            straight.wait_for(epochs * IMAGES)  # until it ends
+            straight.wait()
             step_s = (time.monotonic() - began) / (len(straight.lines()) - first)
             print(f"undisturbed: {len(straight.lines())} steps, {step_s:.2f} s each", flush=True)
             began = time.monotonic()
             training = Training(nodes, "chaos", settings)
             faults = disturb(nodes, training, random.Random(options.seed), step_s)
-            while training.running():
-                time.sleep(0.5)
+            training.wait()
             minutes = (time.monotonic() - began) / 60
             print(f"\n{len(faults)} faults and {len(resumes(training))} restarts in {minutes:.1f} minutes")
             for name in sorted({fault.name for fault in faults}):

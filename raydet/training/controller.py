@@ -17,7 +17,7 @@ from raydet.errors import user_error
 _LEAVE_S = 30.0  # for a worker to leave its process group
 
 
-def trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool, **settings: Any) -> Any:
+def make_trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone: bool, **settings: Any) -> Any:
     """Return a trainer of Ray Train whose workers are the ranks of a process group of torch.
 
     Args:

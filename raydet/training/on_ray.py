@@ -20,7 +20,7 @@ from raydet.errors import RaydetError, user_error
 from raydet.reports.terminal import LiveTable, follow
 from raydet.runs.folder import STOP, run_address
 from raydet.training.beside import Resources
-from raydet.training.controller import after_failures, trainer
+from raydet.training.controller import after_failures, make_trainer
 from raydet.training.job import Job, Run
 from raydet.training.worlds import Handed, worker
 
@@ -99,7 +99,7 @@ def on_ray(
             stack.enter_context(table)
         stack.enter_context(follow(job.folder, say, table))
         stack.enter_context(beside)
-        group = trainer(
+        trainer = make_trainer(
             partial(worker, handed),
             # Both kinds of tensors: gradients on the device, shards of an evaluation on the CPU.
             backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -118,7 +118,7 @@ def on_ray(
                 callbacks=[after_failures(), *callbacks],
             ),
         )
-        return pickle.loads(_fit(group, job.folder / STOP, say))
+        return pickle.loads(_fit(trainer, job.folder / STOP, say))
 
 
 def _check_paths(job: Job, streams: Sequence[Samples | None]) -> None:

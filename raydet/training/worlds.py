@@ -194,13 +194,18 @@ class RayWorld:
 
 
 def worker(handed: Handed) -> bytes:
-    """Run a job in a worker of Ray Train; return what the loop returns, pickled: the controller does not look into it.
+    """Run a job in a worker of Ray Train, and return what its loop returns, pickled.
 
-    It would import the modules of all that is in there.
+    The result goes through Ray Train's controller, which would import torch to unpickle it.
     """
+    from ray import cloudpickle
+
+    return bytes(cloudpickle.dumps(_run(handed)))
+
+
+def _run(handed: Handed) -> Any:
     import ray
     import ray.train
-    from ray import cloudpickle
 
     job: Job = ray.get(handed.job)
     with contextlib.ExitStack() as stack:
@@ -209,7 +214,7 @@ def worker(handed: Handed) -> bytes:
                 job = replace(job, folder=Path(stack.enter_context(TemporaryDirectory(prefix="raydet-"))))
             log = RunLog(job.folder)
             stack.enter_context(warnings_said(log.say))
-            return bytes(cloudpickle.dumps(handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))))
+            return handed.loop(Run(job, RayWorld(handed, job, beat=lambda: None), log))
         rank = ray.train.get_context().get_world_rank()
         if (address := run_address(job.recipe)) is not None:
             job = replace(job, folder=stack.enter_context(worker_folder(address, rank)))
@@ -222,7 +227,7 @@ def worker(handed: Handed) -> bytes:
 
         figures = [RayMetrics(job.recipe.name, job.batch_size(world.size))] if rank == 0 else []
         stack.enter_context(tracked(job.recipe, job.folder, log, rank, figures))
-        return bytes(cloudpickle.dumps(handed.loop(Run(job, world, log))))
+        return handed.loop(Run(job, world, log))
 
 
 EXIT_CODE = 70  # exit code of a process that the watchdog has ended

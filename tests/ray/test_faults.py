@@ -24,6 +24,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 import raydet
+from benchmarks.chaos import same
 from raydet.runs import checkpoint
 
 pytestmark = pytest.mark.timeout(500)  # the unlucky run starts five groups of workers
@@ -115,17 +116,6 @@ def workers():
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(ours, theirs):
-    """Are two values of a training's state equal to the bit?"""
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
 
 
 def assert_equal_to(straight, folder):
