@@ -29,9 +29,9 @@ def private_mb(pid: int) -> float:
     return sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE)) / 1e3
 
 
-def processes() -> dict[str, float]:
+def processes(driver: int) -> dict[str, float]:
     """Return the MB of the driver, and of Ray's processes by kind, the largest of each."""
-    found: dict[str, float] = defaultdict(float, driver=private_mb(os.getpid()))
+    found: dict[str, float] = defaultdict(float, driver=private_mb(driver))
     listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
     for line in listing.splitlines():
         pid, _, name = line.strip().partition(" ")
@@ -50,7 +50,7 @@ def main() -> None:
 
     def say(text: str) -> None:
         if found := re.match(r"epoch (\d+) validated", text):
-            seen[int(found[1])] = processes()
+            seen[int(found[1])] = processes(os.getpid())
             print(text, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ PRIVATE = "/priv"  # on each node something else
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PORT = 6379
+JOBS = "http://127.0.0.1:8265"  # address of the job server, on each node
 _CPUS = 3
 _START_S = 300
 _ATTEMPTS = 3
@@ -47,6 +48,7 @@ class PrivateNodes:
 
     Args:
         folder: folder of the bucket and of the nodes' logs.
+        jobs: let the head have a job server.
 
     Attributes:
         bucket: folder that holds the files of the bucket.
@@ -54,8 +56,9 @@ class PrivateNodes:
         nodes: the nodes that run, by name; A is the head.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, jobs: bool = False):
         self.folder, self.bucket = folder, folder / "bucket"
+        self._dashboard = f"--include-dashboard={str(jobs).lower()}"
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
         self.env = {
@@ -115,7 +118,7 @@ class PrivateNodes:
         for name in names:
             options = f"--address=127.0.0.1:{PORT} --num-cpus={_CPUS} --labels=name={name}"
             if name == "A":
-                options = f"--head --port={PORT} --num-cpus=0 --temp-dir={PRIVATE}/ray --include-dashboard=false"
+                options = f"--head --port={PORT} --num-cpus=0 --temp-dir={PRIVATE}/ray {self._dashboard}"
             script = (
                 f"mount -t tmpfs none {PRIVATE} && mkdir -p {PRIVATE}/tmp {PRIVATE}/home {PRIVATE}/cache && "
                 f"echo {name} > {PRIVATE}/who && exec ray start --node-ip-address=127.0.0.1 "
@@ -164,6 +167,11 @@ class PrivateNodes:
     def raydet(self, *arguments: str, node: str = "A", out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start a command of raydet's on a node."""
         return self.popen(sys.executable, "-m", "raydet.cli", *arguments, node=node, out=out)
+
+    def submit(self, script: str, *arguments: str, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+        """Submit a script of jobs/ from the head, as cluster/README.md prints it, and follow the job to its end."""
+        job = ["--address", JOBS, "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
+        return self.popen("ray", "job", "submit", *job, "--", "python", f"jobs/{script}.py", *arguments, out=out)
 
     def done(self, process: subprocess.Popen[str], timeout_s: float) -> str:
         """Wait for a command, and return what it has printed; it must have succeeded."""

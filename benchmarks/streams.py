@@ -2,6 +2,8 @@
 
     python benchmarks/streams.py                      # 1, 2, 4 and 8 nodes of two ranks: a stream each, and one for all
     python benchmarks/streams.py --nodes 1 2 --ranks 8
+    python benchmarks/streams.py --nodes 2 --sample-ms 5 --cpus 6 3        # a node with half the CPUs of the other
+    python benchmarks/streams.py --nodes 2 --sample-ms 5 --cpus 4 --slow 2 # a stream whose samples take twice as long
 
 All nodes share this machine's CPUs, so blocks a second do not add up as they do on machines of their own. What a block
 costs a dealer in CPU time, and where it was made, is as there.
@@ -24,13 +26,26 @@ import pyarrow as pa
 from raydet.data.index import index_of_images
 from raydet.data.samples import Samples
 
-SIDE, CHUNK, NODE_CPUS = 32, 64, 2
+SIDE, CHUNK = 32, 64
 WARM = 0.3  # fraction of the steps that is not counted: processes start and import
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
 class FreeSamples(Samples):
-    """Grey pictures, whose row says on which node they were made."""
+    """Grey pictures, whose row says on which node they were made.
+
+    Args:
+        seconds: time that one takes; it is slept, so that the CPUs of this machine are no limit.
+        step: number of positions in a step.
+        late: position within a step from which on one takes `slow` times as long: those of the last node's ranks.
+        slow: see `late`.
+    """
+
+    seconds: float = 0.0
+    step: int = 1
+    late: int = 1
+    slow: float = 1.0
 
     def blocks(
         self, positions: Sequence[int], block_size: int | None = None, failed: Mapping[int, str] | None = None
@@ -39,6 +54,7 @@ class FreeSamples(Samples):
         import ray
 
         count, node = len(positions), number_of(ray.get_runtime_context().get_node_id())
+        time.sleep(self.seconds * sum(self.slow if each % self.step >= self.late else 1.0 for each in positions))
         nothing = pa.array(np.zeros(count + 1, np.int32))
         pixels = pa.array(np.zeros(count * SIDE * SIDE * 3, np.uint8))
         corners = pa.FixedSizeListArray.from_arrays(pa.array(np.empty(0, np.float32)), 4)
@@ -133,8 +149,20 @@ class Result:
     driver_mb: float
 
 
-def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most: int | None, pace: float) -> Result:
-    """Read a stretch with some ranks on each node, and a stream for `most` ranks; `pace` blocks a second and node."""
+def measure(
+    nodes: Sequence[str],
+    ranks: int,
+    steps: int,
+    batch_size: int,
+    most: int | None,
+    pace: float,
+    seconds: float = 0.0,
+    slow: float = 1.0,
+) -> Result:
+    """Read a stretch with some ranks on each node, and a stream for `most` ranks; `pace` blocks a second and node.
+
+    A sample takes some seconds, and one for the last node `slow` times as long.
+    """
     import ray
 
     from raydet.data.shares import Share, divide, enough
@@ -143,8 +171,10 @@ def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most:
     index = index_of_images(
         [(0, "none", SIDE, SIDE)], [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool))], **NAMES
     )
-    source = ray.put(FreeSamples(index, (), (SIDE, SIDE), CHUNK))
     places = [node for node in nodes for _ in range(ranks)]
+    step = len(places) * batch_size
+    cost = {"seconds": seconds, "step": step, "late": step - ranks * batch_size, "slow": slow}
+    source = ray.put(FreeSamples(index, (), (SIDE, SIDE), CHUNK, **cost))
     board = ray.remote(num_cpus=0, max_concurrency=len(places) + 2)(Board).remote()
     reader = ray.remote(num_cpus=0)(Reader)
     readers = [
@@ -173,7 +203,7 @@ def measure(nodes: Sequence[str], ranks: int, steps: int, batch_size: int, most:
     used = {pid: (command, cpu - during[0][pid][1]) for pid, (command, cpu) in during[-1].items() if pid in during[0]}
     streams = divide(places, most or enough(places, batch_size, CHUNK))
     fraction = 1 - WARM
-    stop = steps * batch_size * len(places)
+    stop = steps * step
     blocks = [
         len(Share(0, stop, batch_size, len(places), fed.start, len(fed), CHUNK).chunks()) * fraction for fed in streams
     ]
@@ -223,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images a rank and step (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=400, help="blocks of a node (default: %(default)s)")
     parser.add_argument("--pace", type=float, default=0, help="blocks a second of a node; 0: as fast as they come")
+    parser.add_argument("--cpus", type=int, nargs="+", default=[2], help="CPUs of the nodes, in turn (default: 2)")
+    parser.add_argument("--sample-ms", type=float, default=0, help="time that a sample takes in its task (default: 0)")
+    parser.add_argument("--slow", type=float, default=1, help="samples for the last node take that many times as long")
     given = parser.parse_args(arguments)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -237,10 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for count in given.nodes:
             while len(nodes) < count:
-                nodes.append(cluster.add_node(num_cpus=NODE_CPUS, object_store_memory=2 * 10**8).node_id)
+                cpus = given.cpus[len(nodes) % len(given.cpus)]
+                nodes.append(cluster.add_node(num_cpus=cpus, object_store_memory=2 * 10**8).node_id)
             cluster.wait_for_nodes()
             for most, streams in ((None, count), (count * given.ranks, 1))[: 1 + (count > 1)]:
-                found = measure(nodes, given.ranks, steps, given.batch_size, most, given.pace)
+                cost = given.sample_ms / 1e3, given.slow
+                found = measure(nodes, given.ranks, steps, given.batch_size, most, given.pace, *cost)
                 print(
                     f"{count:5} {count * given.ranks:5} {streams:7} {found.blocks_s:9.1f} {found.at_home:26.0%} "
                     f"{found.dealer:12.3f} {found.dealer_ms:9.1f} {found.control:13.2f} {found.driver_mb:10.0f}",

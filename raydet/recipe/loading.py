@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
@@ -17,7 +17,7 @@ from raydet.plugins import accepts, is_own, locate
 from raydet.recipe.section import Section
 from raydet.recipe.training import LOSSES, OwnLoss, loss_kind
 from raydet.recipe.tree import Recipe, flat
-from raydet.store import Store, above
+from raydet.store import Store, above, is_uri, join
 from raydet.yaml_text import read as read_yaml
 from raydet.yaml_text import write as write_yaml
 
@@ -43,15 +43,8 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     if isinstance(recipe, Recipe):
         tree, source = recipe.model_dump(mode="json"), "recipe"
     else:
-        path = shipped().get(str(recipe)) or recipe
-        folder, name = above(path)
-        if Store(folder).kind(name) != "file":
-            raise RaydetError(
-                f"{recipe} is neither a recipe of raydet{did_you_mean(str(recipe), shipped())} nor a YAML file "
-                "(raydet recipes lists the former)"
-            )
-        tree, source = _read(path), f"recipe {recipe}"
-        tree["name"] = tree.get("name") or PurePosixPath(name).stem
+        tree, source = _tree(str(recipe)), f"recipe {recipe}"
+        tree["name"] = tree.get("name") or PurePosixPath(above(_file(str(recipe)))[1]).stem
     # Another loss first: it decides which arguments there are.
     for text in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
         if text.startswith("loss.name="):
@@ -77,7 +70,59 @@ def override(key: str, value: Any) -> str:
     return f"{key}={write_yaml(value)}"
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _tree(recipe: str, of: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings that a recipe and its bases state.
+
+    Args:
+        recipe: a shipped name, or the path or address of a YAML file.
+        of: files whose base it is, or the base of their base.
+    """
+    path = _file(recipe)
+    if path in of:
+        raise RaydetError(f"recipe {path}: base: it is its own base: {' → '.join((*of, path))}")
+    tree = _read(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RaydetError(f"recipe {path}: base: give the name of a recipe or a YAML file, not {base!r}")
+    if base not in shipped() and not is_uri(base):
+        base = str(join(above(path)[0], base))
+    try:
+        below = _tree(base, (*of, path))
+    except RaydetError as error:
+        raise error if of else RaydetError(f"recipe {path}: base: {error}") from None
+    below.pop("name", None)
+    return _changed(below, tree)
+
+
+def _file(recipe: str) -> str:
+    """Return the path or address of a recipe's file."""
+    path = str(shipped().get(recipe, recipe))
+    folder, name = above(path)
+    if Store(folder).kind(name) != "file":
+        raise RaydetError(
+            f"{recipe} is neither a recipe of raydet{did_you_mean(name, shipped())} nor a YAML file "
+            "(raydet recipes lists the former)"
+        )
+    return path
+
+
+def _changed(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings with those of another on top."""
+    loss = changes.get("loss")
+    if isinstance(loss, Mapping) and "name" in loss and isinstance(base.get("loss", {}), Mapping):
+        base["loss"] = _whole_loss(base.get("loss", {}))
+        _drop_strange_arguments(base["loss"], str(loss["name"]))
+    both = {key: {**base[key], **value} for key, value in changes.items() if _are_sections(base.get(key), value)}
+    return {**base, **changes, **both}
+
+
+def _are_sections(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
+def _read(path: str) -> dict[str, Any]:
     folder, name = above(path)
     try:
         tree = read_yaml(Store(folder).text(name), _texts() | _lists_of_texts())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -25,7 +26,7 @@ def nodes(tmp_path_factory):
         pytest.skip("takes ten minutes and more: set RAYDET_PRIVATE_NODES=1")
     if reason := why_not():
         pytest.fail(reason)
-    with PrivateNodes(tmp_path_factory.mktemp("nodes")) as cluster:
+    with PrivateNodes(tmp_path_factory.mktemp("nodes"), jobs=True) as cluster:
         cluster.start("A", "B", "C")
         yield cluster
 
@@ -120,8 +121,9 @@ def test_a_node_is_killed_and_replaced_by_an_empty_one(nodes, settings):
     assert "resumed after step" in (run / "log.txt").read_text()
 
 
-def test_a_sweep_goes_on_on_another_cluster(nodes, settings):
+def test_a_job_that_sweeps_goes_on_on_another_cluster(nodes, shapes, settings):
     """Driver and cluster are killed when a trial has a checkpoint; the new cluster's disks are empty."""
+    shutil.copytree(shapes, nodes.bucket / "shapes")
     overrides = [
         f"storage={nodes.uri('runs')}",
         "name=s",
@@ -132,15 +134,15 @@ def test_a_sweep_goes_on_on_another_cluster(nodes, settings):
         "tune.stop=none",
         "tune.concurrent=2",
         *settings,
+        f"data.root={nodes.uri('shapes')}",
     ]
     folder = nodes.bucket / "runs/s-tune"
-    process = nodes.raydet("tune", "demo", *overrides)
+    process = nodes.submit("tune", "demo", *overrides)
     wait_until(lambda: list(folder.glob("trial_*/checkpoint_*/config.json")), process)
-    nodes.kill_driver(process)
     nodes.kill("A", "B", "C")
     started = {path.parent.parent.name for path in folder.glob("trial_*/checkpoint_*/config.json")}
     nodes.start("A", "B", "C")
-    said = nodes.done(nodes.raydet("tune", "demo", *overrides), LONG_S)
+    said = nodes.done(nodes.submit("tune", "demo", *overrides), LONG_S)
     assert "going on with the sweep in s3://bucket/runs/s-tune" in said
     trials = json.loads((folder / "trials.json").read_text())
     assert [trial["state"] for trial in trials] == ["finished"] * 4

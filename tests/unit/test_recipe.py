@@ -19,14 +19,17 @@ def keys(section: type[Section] | Section, prefix: str = "") -> set[str]:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_shipped_recipe_holds_only_what_differs_from_the_defaults(name):
+def test_a_shipped_recipe_holds_only_what_differs_from_its_base_or_the_defaults(name):
     text = shipped()[name].read_text()
     assert text.startswith("# "), "the first line says what it is"
     whole, content = load(name), yaml.safe_load(text)
     assert whole.name == name
     assert "name" not in content, "its file names it"
-    defaults = Recipe.model_validate({"loss": {"name": whole.loss.name}}).model_dump()
-    defaults["loss"]["name"] = Recipe().loss.name
+    if base := content.pop("base", None):
+        defaults = load(base).model_dump()
+    else:
+        defaults = Recipe.model_validate({"loss": {"name": whole.loss.name}}).model_dump()
+        defaults["loss"]["name"] = Recipe().loss.name
     mine = whole.model_dump()
     stated = [(key, inner) for key, value in content.items() for inner in (value if isinstance(value, dict) else [""])]
     assert stated
@@ -268,6 +271,40 @@ def test_an_own_file_gets_defaults_and_its_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("train: {epochs: 2}")
     mine = load(tmp_path / "mine.yaml")
     assert (mine.name, mine.train.epochs, mine.train.lr) == ("mine", 2, Recipe().train.lr)
+
+
+def test_a_recipe_changes_settings_of_its_base(tmp_path):
+    (tmp_path / "large.yaml").write_text("base: yolox_finetune\ntrain: {lr: 0.1}\ndata: {root: /large}\nname: large")
+    (tmp_path / "mine.yaml").write_text("base: large.yaml\ntrain: {epochs: 2}\nloss: {iou_weight: 2}")
+    mine, large, base = load(tmp_path / "mine.yaml"), load(tmp_path / "large.yaml"), load("yolox_finetune")
+    assert (mine.name, large.name) == ("mine", "large")
+    assert (mine.train.epochs, mine.train.lr, mine.train.batch_size) == (2, 0.1, base.train.batch_size)
+    assert (mine.data.root, mine.loss.iou_weight, mine.augment) == ("/large", 2, base.augment)
+    assert (large.train.epochs, large.loss) == (base.train.epochs, base.loss)
+
+
+def test_another_loss_than_that_of_the_base_keeps_the_arguments_that_both_have(tmp_path):
+    (tmp_path / "base.yaml").write_text("loss: {iou_weight: 7, cls_weight: 3}")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nloss: {name: YoloXDetectionLoss, cls_weight: 2}")
+    assert load(tmp_path / "mine.yaml").loss == recipe.YoloXDetectionLoss(iou_weight=7, cls_weight=2)
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nloss: {name: SSDLoss}")
+    assert load(tmp_path / "mine.yaml").loss == recipe.SSDLoss()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", "mine.yaml: base: .*nowhere.yaml is neither a recipe of raydet nor a YAML file"),
+        ("yolox_finetunes", "did you mean yolox_finetune"),
+        ("mine.yaml", "mine.yaml: base: .*it is its own base: .*mine.yaml → .*mine.yaml"),
+        ("[demo]", "mine.yaml: base: give the name of a recipe or a YAML file, not .'demo'."),
+    ],
+)
+def test_a_wrong_base_is_refused(base, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {base}\ntrain: {{epochs: 2}}")
+    with pytest.raises(RaydetError, match=message):
+        load(path)
 
 
 def test_differences_leave_out_what_does_not_change_the_result():
