@@ -14,16 +14,18 @@ from raydet.data.coco import load_coco
 from raydet.data.render import decode
 from raydet.data.synthetic import make_picture
 from raydet.errors import RaydetError
+from raydet.models import Detector, YoloXHead, family_of
 from raydet.models import export as onnx_models
-from raydet.models import family_of
+from raydet.models.blocks import Conv
 from raydet.postprocess import PPYoloEPostPredictionCallback
 from raydet.predict.export import compare, export
 from raydet.predict.predictor import load
 from raydet.recipe import Eval
-from raydet.runs.checkpoint import Config, Progress, pack, write
+from raydet.runs.checkpoint import Config, Progress, pack, read_config, write
 from tests.command import raydet as command
 from tests.unit.test_postprocess import some_candidates
 
+SMALL = "small"  # a detector of one's own, which is exported in a second
 FAMILIES = ["ssd_lite_mobilenet_v2", "yolox_n", "ppyoloe_s", "yolo_nas_s", "dfine_n"]
 SIZE = 128
 CLASSES = 80
@@ -38,12 +40,33 @@ def pictures(shared):
     return [decode(index.read(row), index.path(row)) for row in range(PICTURES)]
 
 
+class ThreeMaps(nn.Module):
+    """Maps at strides 8, 16 and 32, of some channels each."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = (channels,) * 3
+        self.stem = Conv(3, channels, 9, stride=8)
+        self.down = nn.ModuleList(Conv(channels, channels, 3, stride=2) for _ in range(2))
+
+    def forward(self, images):
+        maps = [self.stem(images)]
+        for layer in self.down:
+            maps.append(layer(maps[-1]))
+        return tuple(maps)
+
+
+def small():
+    backbone = ThreeMaps(8)
+    return Detector(backbone, nn.Identity(), YoloXHead(backbone.out_channels, 5, 8))
+
+
 def made(folder, name, thresholds, num_classes=CLASSES, weights=None, bias=-2.0, spread=1.0):
     """A checkpoint of a model that has learnt nothing, but tells points and classes apart; YOLOX-nano knows COCO."""
     torch.manual_seed(0)
     sizes = {"image_size": (SIZE, SIZE)}
-    model = models.get(name, num_classes, **(sizes if name.startswith("ssd") else {}))
-    preprocessing = family_of(name).preprocessing
+    model = small() if name == SMALL else models.get(name, num_classes, **(sizes if name.startswith("ssd") else {}))
+    preprocessing = family_of(model).preprocessing
     images = [make_picture(np.random.default_rng(number))[0][:SIZE, :SIZE] for number in range(4)]
     if weights is not None:
         model = models.get(name, num_classes, weights=weights)
@@ -59,7 +82,9 @@ def made(folder, name, thresholds, num_classes=CLASSES, weights=None, bias=-2.0,
                 )
                 nn.init.normal_(module.bias, mean=bias if "cls" in part else 0, std=0 if "reg" in part else spread)
     names = tuple(f"class {number}" for number in range(num_classes))
-    config = Config(name, names, tuple(range(num_classes)), (SIZE, SIZE), preprocessing, thresholds)
+    config = Config(
+        "" if name == SMALL else name, names, tuple(range(num_classes)), (SIZE, SIZE), preprocessing, thresholds
+    )
     write(folder / "checkpoint_000001", pack(config, model, None, Progress(), 1, {}))
     return folder / "checkpoint_000001"
 
@@ -72,8 +97,9 @@ def missing(ours, theirs, thresholds):
 
 def both(checkpoint, thresholds, images, tmp_path, form="batch"):
     """What PyTorch and onnxruntime find in some images, fitted into the model's input."""
-    pytorch = load(checkpoint, "cpu")
-    written = export(checkpoint, tmp_path / "model.onnx", form=form, say=lambda text: None)
+    own = None if read_config(checkpoint).model else small()
+    pytorch = load(checkpoint, "cpu", own)
+    written = export(checkpoint, tmp_path / "model.onnx", model=own, form=form, say=lambda text: None)
     onnx = load(written.path)
     inputs = [pytorch.fit(image) for image in images]
     sizes = [(SIZE, SIZE)] * len(inputs)
@@ -88,11 +114,13 @@ def both(checkpoint, thresholds, images, tmp_path, form="batch"):
     }
 
 
-@pytest.mark.parametrize(("name", "form"), [*((name, "batch") for name in FAMILIES), ("yolox_n", "flat")])
+@pytest.mark.parametrize(("name", "form"), [*((name, "batch") for name in FAMILIES), (SMALL, "flat")])
 def test_onnxruntime_finds_what_pytorch_does(name, form, pictures, shared, tmp_path):
     thresholds = Eval(score=0.05, max_detections=50)
     weights = shared / "weights/yolox_nano/yolox_nano_coco.pth" if name == "yolox_n" else None
-    ours, theirs = both(made(tmp_path, name, thresholds, weights=weights), thresholds, pictures, tmp_path, form)
+    classes = 5 if name == SMALL else CLASSES
+    checkpoint = made(tmp_path, name, thresholds, classes, weights)
+    ours, theirs = both(checkpoint, thresholds, pictures, tmp_path, form)
     assert sum(map(len, ours)) > 4 * PICTURES
     for found in theirs.values():
         pairs = list(zip(ours, found, strict=True))
@@ -233,27 +261,24 @@ def test_the_file_says_what_it_is(exported):
     assert about["raydet_version"] == raydet.__version__
 
 
-@pytest.fixture(scope="module")
-def unsure(tmp_path_factory):
-    """A checkpoint that detects nothing with a score above its own threshold."""
-    folder = tmp_path_factory.mktemp("unsure")
-    return made(folder, "yolox_n", Eval(score=0.05), num_classes=5, bias=-6.0, spread=0.01)
+UNSURE = {"bias": -6.0, "spread": 0.01}  # a model that detects nothing with a score above its own threshold
 
 
-@pytest.mark.parametrize("fixture", ["exported", "unsure"])
-def test_what_detects_something_else_is_not_written(fixture, request, tmp_path, monkeypatch):
+@pytest.mark.parametrize("learnt", [{}, UNSURE])
+def test_what_detects_something_else_is_not_written(learnt, tmp_path, monkeypatch):
     """Half the pixels' values: a preprocessing that went wrong on the way."""
-    given = request.getfixturevalue(fixture)
+    checkpoint = made(tmp_path / "run", SMALL, Eval(score=0.05), num_classes=5, **learnt)
     right = onnx_models.Exported.forward
     monkeypatch.setattr(onnx_models.Exported, "forward", lambda self, images: right(self, images // 2))
     with pytest.raises(RaydetError, match="not written, as onnxruntime detects something else than PyTorch"):
-        export(given[0] if fixture == "exported" else given, tmp_path / "model.onnx", say=lambda text: None)
-    assert not list(tmp_path.iterdir())
+        export(checkpoint, tmp_path / "model.onnx", model=small(), say=lambda text: None)
+    assert not (tmp_path / "model.onnx").exists()
 
 
-def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(unsure, tmp_path):
+def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(tmp_path):
     said = []
-    written = export(unsure, tmp_path / "model.onnx", say=said.append)
+    unsure = made(tmp_path / "run", SMALL, Eval(score=0.05), num_classes=5, **UNSURE)
+    written = export(unsure, tmp_path / "model.onnx", model=small(), say=said.append)
     assert any(
         "nothing is detected there with a score above 0.05: comparing what is above 0.00" in line for line in said
     )
@@ -263,8 +288,8 @@ def test_where_the_score_leaves_nothing_it_is_compared_at_a_lower_one(unsure, tm
 
 
 def test_where_nothing_is_detected_at_any_score_no_comparison_is_claimed(tmp_path):
-    folder = made(tmp_path, "yolox_n", Eval(score=0.05), num_classes=5, bias=-1e4)
-    written = export(folder, say=lambda text: None)
+    folder = made(tmp_path, SMALL, Eval(score=0.05), num_classes=5, bias=-1e4)
+    written = export(folder, model=small(), say=lambda text: None)
     assert written.path.is_file()
     assert written.detections == 0
     assert str(written).startswith("nothing was compared: neither onnxruntime nor PyTorch detects anything")
