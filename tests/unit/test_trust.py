@@ -125,7 +125,13 @@ def test_the_code_that_a_run_names_for_its_data_is_not_run(how, downloaded, tmp_
     with pytest.raises(RaydetError, match=r"recipe.yaml names code.*\.payload:data.*data.format=….*trust_code=True"):
         OPENED[how](run)
     OPENED[how](run, overrides=["data.format=coco"])
-    OPENED["export"](run)  # compares on images of shapes then
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_export_compares_on_images_of_shapes_where_the_run_names_code_for_its_data(downloaded, tmp_path):
+    said = []
+    export(downloaded(data=True), "model.onnx", say=said.append)
+    assert any("images of shapes" in line for line in said)
     assert not (tmp_path / "ran").exists()
 
 
