@@ -326,9 +326,11 @@ def main() -> None:
                 mine = [fault for fault in faults if fault.name == name]
                 lost, repeated = (statistics.median(values) for values in list(zip(*mine, strict=True))[1:])
                 print(f"{len(mine):4d} x {name:<20} median: {lost:4.0f} s lost, {repeated:g} steps repeated")
-            positions = [line["position"] for line in training.lines()]
-            in_order = positions == [BATCH * (step + 1) for step in range(epochs * IMAGES // BATCH)]
+            steps = [int(line["position"]) // BATCH for line in training.lines()]
+            in_order = steps == list(range(1, epochs * IMAGES // BATCH + 1))
             print(f"each step has the samples that follow those of the step before: {'yes' if in_order else 'NO'}")
+            if not in_order:
+                print(f"steps: {steps}")
             equal = True
             if not options.elastic:
                 runs = [run.folder / f"checkpoint_{epochs:06d}" for run in (straight, training)]

@@ -26,7 +26,8 @@ from raydet.store import Store, above, is_uri
 
 logger = logging.getLogger(__name__)
 PUSH_EVERY_S = 3.0
-_LOGS = ("log.txt", "metrics.jsonl")
+_METRICS = "metrics.jsonl"
+_LOGS = ("log.txt", _METRICS)
 _CONFIG = "config.json"
 _PREFIX = "raydet-run-"  # of the folders of workers
 _WEIGHTS = "model.safetensors"
@@ -96,8 +97,7 @@ class Mirror:
         if self.store is None:
             return
         found = {name: path for name, path in _files(self.folder) if name.split("/")[0] not in self._ignored}
-        # A checkpoint's config.json comes after its other files, and what tells of it after both.
-        for name in sorted(found, key=lambda name: (not _of_checkpoint(name), name.endswith(_CONFIG), name)):
+        for name in sorted(found, key=_turn):
             try:
                 state = _state(found[name])
                 if self._known.get(name) == state:
@@ -308,8 +308,17 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(folder).as_posix(), path
 
 
-def _of_checkpoint(name: str) -> bool:
-    return name.startswith("checkpoint_")
+def _turn(name: str) -> tuple[int, str]:
+    """Sort the files of a run in the order in which they are brought to the store, where a push may end at any of them.
+
+    The metrics go first: a training that resumes from a checkpoint then has the lines of all steps before it, and drops
+    those of later steps. A checkpoint's config.json comes after its other files, and what tells of it after both.
+    """
+    if name == _METRICS:
+        return 0, name
+    if name.startswith("checkpoint_"):
+        return 1 + name.endswith(_CONFIG), name
+    return 3, name
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -85,9 +85,10 @@ def test_what_changed_is_brought_and_what_is_gone_is_deleted(s3, tmp_path):
 def test_a_checkpoint_s_config_comes_last_and_goes_first(s3, tmp_path):
     here = Mirror(tmp_path / "run", s3.uri(s3.run))
     checkpoint(here.folder, 1)
-    fill(here.folder, log_txt="checkpoint 1 is there")
+    fill(here.folder, log_txt="checkpoint 1 is there", metrics_jsonl="the steps before it")
     here.push()
-    assert puts(s3) == ["checkpoint_000001/model.safetensors", "checkpoint_000001/config.json", "log.txt"]
+    files = ["checkpoint_000001/model.safetensors", "checkpoint_000001/config.json"]
+    assert puts(s3) == ["metrics.jsonl", *files, "log.txt"]
     for path in (here.folder / "checkpoint_000001").iterdir():
         path.unlink()
     s3.requests.clear()
