@@ -173,8 +173,9 @@ def measure(
     )
     places = [node for node in nodes for _ in range(ranks)]
     step = len(places) * batch_size
-    cost = {"seconds": seconds, "step": step, "late": step - ranks * batch_size, "slow": slow}
-    source = ray.put(FreeSamples(index, (), (SIDE, SIDE), CHUNK, **cost))
+    late = step - ranks * batch_size
+    samples = FreeSamples(index, (), (SIDE, SIDE), CHUNK, seconds=seconds, step=step, late=late, slow=slow)
+    source = ray.put(samples)
     board = ray.remote(num_cpus=0, max_concurrency=len(places) + 2)(Board).remote()
     reader = ray.remote(num_cpus=0)(Reader)
     readers = [

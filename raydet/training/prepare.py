@@ -1,4 +1,4 @@
-"""From a recipe to a job: reads the data, builds the model and the loss, and refuses what cannot work."""
+"""From a recipe and its data to a job: builds the model and the loss, and refuses what cannot work."""
 
 from __future__ import annotations
 

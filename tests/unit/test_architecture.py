@@ -202,7 +202,7 @@ def test_descriptions_of_settings_name_their_noun(key, description):
     assert not RIDDLE.match(description), f"{key}: {description}"
 
 
-# How many modules of raydet it takes to read a part of it; these numbers may only fall.
+# How many modules of raydet it takes to read a part of it. These numbers may only fall, but for a new data format.
 BUDGETS = {"raydet.training.loop": 70, "raydet.api": 99, "raydet.predict.predictor": 54}
 
 
