@@ -28,7 +28,7 @@ from raydet.data.index import Index
 from raydet.data.synthetic import make_dataset
 
 PICTURES, BOXES = 64, 7  # pictures in the shards, boxes of an image
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S, SHOWN_MB = 0.5, 150
 
 
 def main() -> None:
@@ -99,7 +99,10 @@ def measure(command: list[str]) -> None:
         watcher.join()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
-    print("MB of its own, at most:  " + "  ".join(f"{kind} {size}" for kind, size in sorted(most.items()) if size))
+    print(
+        "MB of its own, at most:  "
+        + "  ".join(f"{kind} {size}" for kind, size in most.most_common() if size > SHOWN_MB)
+    )
 
 
 if __name__ == "__main__":

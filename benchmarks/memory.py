@@ -21,12 +21,13 @@ SHOWN = (2, 5, 10, 20, 30, 50, 100)  # epochs
 
 
 def private_mb(pid: int) -> float:
-    """Return the memory of a process in MB that it does not share, such as the object store, with others."""
+    """Return the memory of a process in MB that is neither a file's nor the object store's."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:  # it has ended
         return 0.0
-    return sum(int(kb) for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE)) / 1e3
+    found = re.search(r"^Anonymous: +(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) / 1e3 if found else 0.0
 
 
 def processes(driver: int) -> dict[str, float]:

@@ -375,11 +375,24 @@ def store(root: str) -> Store:
     return Store(root)
 
 
+def parquet(source: bytes | memoryview | Path) -> pq.ParquetFile:
+    """Open a Parquet file, which is to be read with `use_threads=False`.
+
+    Arrow's own threads may still hold Python's bytes while the interpreter ends, and the process then aborts (exit code
+    134) although its work is done.
+
+    Args:
+        source: content of the file, or its path.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no Parquet file (pyarrow.ArrowInvalid).
+    """
+    return pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
+
+
 def read_parquet(source: bytes | memoryview | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file in this thread.
-
-    pyarrow.parquet.read_table would read in Arrow's own threads. These may still hold Python's bytes while the
-    interpreter ends, and the process then aborts (exit code 134) although its work is done.
 
     Args:
         source: content of the file, or its path.
@@ -389,6 +402,5 @@ def read_parquet(source: bytes | memoryview | Path, columns: Sequence[str] | Non
         OSError: the file cannot be opened.
         ValueError: it is no Parquet file (pyarrow.ArrowInvalid).
     """
-    opened = source if isinstance(source, Path) else pa.BufferReader(source)
-    with pq.ParquetFile(opened) as file:
+    with parquet(source) as file:
         return file.read(columns=None if columns is None else list(columns), use_threads=False)

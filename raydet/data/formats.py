@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -157,10 +157,13 @@ def _params(data: Data, split: Split) -> dict[str, Any]:
 
 
 def _shards(store: Store) -> Index:
+    path = store.path("index.parquet")
     try:
-        return Index.load(store.read("index.parquet"), store.root)
+        return Index.load(Path(path) if store.is_local else store.read("index.parquet"), store.root)
+    except OSError as error:
+        raise RaydetError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise RaydetError(f"{store.path('index.parquet')} cannot be read: {error}; ingest the data set again") from None
+        raise RaydetError(f"{path} cannot be read: {error}; ingest the data set again") from None
 
 
 def _coco(store: Store, split: Split, annotations: str | None, images: str | None) -> SplitReader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydet.errors import RaydetError, did_you_mean
-from raydet.store import read_parquet, store
+from raydet.store import parquet, store
 
 Array = npt.NDArray[Any]
 
@@ -171,21 +172,33 @@ class Index:
         return memoryview(sink.getvalue())  # of a large index, not another copy
 
     @staticmethod
-    def load(content: bytes | memoryview, root: str | None = None) -> Index:
+    def load(source: bytes | memoryview | Path, root: str | None = None) -> Index:
         """Read what `save` gave.
 
         Args:
-            content: the Parquet file.
+            source: content of the Parquet file, or its path.
             root: where the images are now; None: where they were.
 
         Raises:
+            OSError: the file cannot be opened.
             ValueError: it is no index.
         """
-        table = read_parquet(content)
-        about = json.loads((table.schema.metadata or {}).get(b"raydet", b"null"))
-        if about is None:
-            raise ValueError("it is no index of raydet")
-        return Index(table, root or about["root"], about["class_names"], about["category_ids"])
+        with parquet(source) as file:
+            about = json.loads((file.schema_arrow.metadata or {}).get(b"raydet", b"null"))
+            if about is None:
+                raise ValueError("it is no index of raydet")
+            columns = {field.name: _read_column(file, field) for field in file.schema_arrow}
+        return Index(pa.table(columns), root or about["root"], about["class_names"], about["category_ids"])
+
+
+def _read_column(file: pq.ParquetFile, field: pa.Field) -> pa.Array:
+    """Read a column in pieces, and give back what is left over of them: a large index must not be in memory twice."""
+    groups = (file.read_row_group(number, [field.name], use_threads=False) for number in range(file.num_row_groups))
+    pieces = [piece for group in groups for piece in group[field.name].chunks]
+    column = pa.chunked_array(pieces, field.type).combine_chunks()
+    del pieces
+    pa.default_memory_pool().release_unused()
+    return column
 
 
 def shard_name(number: int) -> str:
