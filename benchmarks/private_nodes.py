@@ -156,7 +156,7 @@ class PrivateNodes:
         """Start a command on a node; what it prints goes to a file, or to one pipe."""
         (first,) = children(self.nodes[node].pid)
         return subprocess.Popen(
-            ["nsenter", "-t", str(first), "-n", "-m", "-p", *command],
+            ["nsenter", "-t", str(first), "-n", "-m", "-p", f"--wdns={ROOT}", *command],
             stdout=out,
             stderr=subprocess.STDOUT,
             text=True,
