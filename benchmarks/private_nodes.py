@@ -168,10 +168,10 @@ class PrivateNodes:
         """Start a command of raydet's on a node."""
         return self.popen(sys.executable, "-m", "raydet.cli", *arguments, node=node, out=out)
 
-    def submit(self, script: str, *arguments: str, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+    def submit(self, script: str, *arguments: str) -> subprocess.Popen[str]:
         """Submit a script of jobs/ from the head, as cluster/README.md prints it, and follow the job to its end."""
         job = ["--address", JOBS, "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
-        return self.popen("ray", "job", "submit", *job, "--", "python", f"jobs/{script}.py", *arguments, out=out)
+        return self.popen("ray", "job", "submit", *job, "--", "python", f"jobs/{script}.py", *arguments)
 
     def done(self, process: subprocess.Popen[str], timeout_s: float) -> str:
         """Wait for a command, and return what it has printed; it must have succeeded."""
