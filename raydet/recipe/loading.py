@@ -32,8 +32,8 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        recipe: a shipped name, the path or address of a YAML file, or a recipe. A file may name a `base`: another recipe,
-            which has the settings that the file does not state.
+        recipe: a shipped name, the path or address of a YAML file, or a recipe. A file may name a `base`, another
+            recipe, which has the settings that the file does not state.
         overrides: `section.key=value`. A value is YAML; that of a setting that is text is taken as it is typed.
 
     Raises:
