@@ -35,11 +35,12 @@ def make_trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone:
 
     # Each of these callbacks starts an actor: one shards data sets of Ray Train's own, where raydet has its stream; one
     # tidies up after a controller that was killed.
-    unwanted = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
+    unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
+            given = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unwanted)]
+            return given if alone else [*given, _cleaner()]
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if not _has_our_environment():
@@ -84,6 +85,29 @@ def _controller() -> type:
             super().__init__(**given)
 
     return Controller
+
+
+def _cleaner() -> Any:
+    """Return Ray Train's callback for an actor that removes the placement group of a controller that was killed.
+
+    The actor asks whether the controller lives without saying which cluster it means. It would ask the cluster that was
+    started last on the machine, be it another person's, which does not know the controller.
+    """
+    import ray
+    from ray.train.v2._internal.callbacks import placement_group_callback as callbacks
+    from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+
+    class Cleaner(PlacementGroupCleaner):  # type: ignore[misc]
+        def __init__(self, **given: Any):
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+            super().__init__(**given)
+
+    class Callback(callbacks.PlacementGroupCleanerCallback):  # type: ignore[misc]
+        def after_controller_start(self, train_run_context: Any) -> None:
+            callbacks.PlacementGroupCleaner = Cleaner
+            super().after_controller_start(train_run_context)
+
+    return Callback()
 
 
 def _process_group(backend: str, timeout_s: int) -> Any:

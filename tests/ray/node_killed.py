@@ -102,8 +102,9 @@ def main(recipe: str, *overrides: str) -> None:
     lines = log.read_text().count("images/s")
     wait_for("images/s", times=lines + 5)
     records = {"filters": [("name", "=", "MapBatches(_make_block)")], "raise_on_missing_output": False}
-    tasks = list_tasks(limit=10_000, detail=True, **records)
-    workers = [actor for actor in list_actors(limit=10_000, detail=True) if actor.class_name == "RayTrainWorker"]
+    tasks = list_tasks(cluster.address, limit=10_000, detail=True, **records)
+    actors = list_actors(cluster.address, limit=10_000, detail=True)
+    workers = [actor for actor in actors if actor.class_name == "RayTrainWorker"]
     labels = {node["NodeID"]: "data" if node["Labels"].get("raydet") == "data" else "train" for node in ray.nodes()}
     ran_on = {
         "tasks": [labels[task.node_id] for task in tasks if task.node_id],

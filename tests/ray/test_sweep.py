@@ -12,8 +12,21 @@ import raydet
 from raydet.recipe import load
 
 
+@pytest.fixture
+def another_cluster(cluster):
+    """A cluster that someone else starts on the same machine: Ray asks the last one where it is not told which."""
+    script = (
+        "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
+        assert "up" in process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
 @pytest.mark.timeout(400)
-def test_a_sweep_of_two_loss_weights(cluster, shared, tmp_path):
+def test_a_sweep_of_two_loss_weights(cluster, another_cluster, shared, tmp_path):
     import ray
     from ray.util.state import list_actors
 
