@@ -46,6 +46,7 @@ BATCH, IMAGES = 8, 40
 AWAY_S = 10.0
 PATIENCE_S = 300.0
 FIND_S = 5.0  # to find a process that can be killed
+ENDING_S = 30.0  # for the processes of a training to end after its command
 LATE_S = 1.0  # what a process that is killed has just done is logged by then
 LEFT = """
 import json, ray
@@ -269,7 +270,11 @@ def same(ours: object, theirs: object) -> bool:
 def left_over(nodes: PrivateNodes) -> str:
     """Say what the runs have left on the nodes."""
     titles = ("ray::RayTrainWorker", "ray::TrainController", "ray::_TrainDealer", "ray::_EvalDealer")
-    alive = [pid for title in titles for pid in processes(nodes, title, 0)]
+    deadline = time.monotonic() + ENDING_S
+    while alive := [pid for title in titles for pid in processes(nodes, title, 0)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
     groups = nodes.done(nodes.popen(sys.executable, "-c", LEFT), PATIENCE_S).splitlines()[-1]
     files = [
         name
