@@ -28,7 +28,9 @@ from raydet.data.index import Index
 from raydet.data.synthetic import make_dataset
 
 PICTURES, BOXES = 64, 7  # pictures in the shards, boxes of an image
-LOOK_EVERY_S, SHOWN_MB = 0.5, 150
+LOOK_EVERY_S = 0.5
+SHOWN_MB = 150  # processes with less are not shown
+RAYDET = [sys.executable, "-m", "raydet.cli"]
 
 
 def main() -> None:
@@ -47,9 +49,6 @@ def main() -> None:
         print(f"index of {given.images:,} images: {len(content) / 1e6:.0f} MB on disk", flush=True)
         settings = [f"data.root={shards}", "data.format=shards", f"storage={folder}/runs", "scale.num_workers=1"]
         measure(["train", "demo", *settings, "data.image_size=192", "track.log_every=1", *given.overrides])
-
-
-RAYDET = [sys.executable, "-m", "raydet.cli"]
 
 
 def enlarge(index: Index, images: int) -> memoryview:

@@ -2,8 +2,11 @@
 
     python benchmarks/streams.py                      # 1, 2, 4 and 8 nodes of two ranks: a stream each, and one for all
     python benchmarks/streams.py --nodes 1 2 --ranks 8
-    python benchmarks/streams.py --nodes 2 --sample-ms 5 --cpus 6 3        # a node with half the CPUs of the other
-    python benchmarks/streams.py --nodes 2 --sample-ms 5 --cpus 4 --slow 2 # a stream whose samples take twice as long
+
+A node with half the CPUs of the other, and a node whose samples take twice as long:
+
+    python benchmarks/streams.py --nodes 2 --ranks 1 --blocks 60 --sample-ms 20 --cpus 4 2
+    python benchmarks/streams.py --nodes 2 --ranks 1 --blocks 60 --sample-ms 20 --cpus 3 3 --slow 2
 
 All nodes share this machine's CPUs, so blocks a second do not add up as they do on machines of their own. What a block
 costs a dealer in CPU time, and where it was made, is as there.
@@ -36,10 +39,10 @@ class FreeSamples(Samples):
     """Grey pictures, whose row says on which node they were made.
 
     Args:
-        seconds: time that one takes; it is slept, so that the CPUs of this machine are no limit.
+        seconds: time that a picture takes; the task sleeps, so that the CPUs of this machine are no limit.
         step: number of positions in a step.
-        late: position within a step from which on one takes `slow` times as long: those of the last node's ranks.
-        slow: see `late`.
+        late: first position within a step that belongs to the last node's ranks.
+        slow: the pictures from `late` on take that many times as long.
     """
 
     seconds: float = 0.0
@@ -161,7 +164,7 @@ def measure(
 ) -> Result:
     """Read a stretch with some ranks on each node, and a stream for `most` ranks; `pace` blocks a second and node.
 
-    A sample takes some seconds, and one for the last node `slow` times as long.
+    A sample takes `seconds`, and a sample for the last node `slow` times as long.
     """
     import ray
 

@@ -44,8 +44,9 @@ def load(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     if isinstance(recipe, Recipe):
         tree, source = recipe.model_dump(mode="json"), "recipe"
     else:
-        tree, source = _tree(str(recipe)), f"recipe {recipe}"
-        tree["name"] = tree.get("name") or PurePosixPath(above(_file(str(recipe)))[1]).stem
+        path = _file(str(recipe))
+        tree, source = _tree(path), f"recipe {recipe}"
+        tree["name"] = tree.get("name") or PurePosixPath(above(path)[1]).stem
     # Another loss first: it decides which arguments there are.
     for text in sorted(overrides, key=lambda text: not text.startswith("loss.name=")):
         if text.startswith("loss.name="):
@@ -71,14 +72,13 @@ def override(key: str, value: Any) -> str:
     return f"{key}={write_yaml(value)}"
 
 
-def _tree(recipe: str, of: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the settings that a recipe and its bases state.
+def _tree(path: str, of: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings that a recipe's file and its bases state.
 
     Args:
-        recipe: a shipped name, or the path or address of a YAML file.
+        path: path or address of the file.
         of: files whose base it is, or the base of their base.
     """
-    path = _file(recipe)
     if path in of:
         raise RaydetError(f"recipe {path}: base: it is its own base: {' → '.join((*of, path))}")
     tree = _read(path)
@@ -90,7 +90,7 @@ def _tree(recipe: str, of: Sequence[str] = ()) -> dict[str, Any]:
     if base not in shipped() and not is_uri(base):
         base = str(join(above(path)[0], base))
     try:
-        below = _tree(base, (*of, path))
+        below = _tree(_file(base), (*of, path))
     except RaydetError as error:
         raise error if of else RaydetError(f"recipe {path}: base: {error}") from None
     below.pop("name", None)

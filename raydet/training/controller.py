@@ -33,8 +33,8 @@ def make_trainer(run: Callable[[], Any], backend: str, timeout_s: int, *, alone:
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    # Each of these callbacks starts an actor: one shards data sets of Ray Train's own, where raydet has its stream; one
-    # tidies up after a controller that was killed.
+    # Each of these callbacks starts an actor. The first shards data sets of Ray Train's own; raydet has its stream. The
+    # second tidies up after a controller that was killed; where that is needed, `_cleaner` takes its place.
     unwanted = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -90,8 +90,8 @@ def _controller() -> type:
 def _cleaner() -> Any:
     """Return Ray Train's callback for an actor that removes the placement group of a controller that was killed.
 
-    The actor asks whether the controller lives without saying which cluster it means. It would ask the cluster that was
-    started last on the machine, be it another person's, which does not know the controller.
+    Ray Train's own actor does not say which cluster it means when it asks whether the controller lives. Ray then asks
+    the cluster that was started last on the machine, perhaps another person's, which does not know the controller.
     """
     import ray
     from ray.train.v2._internal.callbacks import placement_group_callback as callbacks
